@@ -1,0 +1,43 @@
+# make demo, make test: everything from a bare checkout. The environment lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# A stale extension left by another configuration must not be picked up: csrc is a prerequisite.
+SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup demo test bench lint format docs clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools ninja pybind11
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/digits.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache fastdeq/_build.json
+	find . -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +

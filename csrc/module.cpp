@@ -1,0 +1,33 @@
+// The extension module. Operators register themselves with the dispatcher when it is loaded; what
+// is bound here is information on the build alone.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <map>
+#include <string>
+
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"cuda", FASTDEQ_WITH_CUDA ? "yes" : "no"},
+      {"torch", TORCH_VERSION},
+#if defined(__clang__)
+      {"compiler", "clang " __clang_version__},
+#elif defined(__GNUC__)
+      {"compiler", "gcc " __VERSION__},
+#else
+      {"compiler", "unknown"},
+#endif
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of fastdeq.";
+  m.def("build_info", &build_info, "How the extension was built.");
+}

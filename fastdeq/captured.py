@@ -1,0 +1,66 @@
+"""Which tensors a function closes over, found by watching one evaluation of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Watch(TorchDispatchMode):
+    """Collects tensors that require grad and reach an operation without having been made inside.
+
+    Compiled functions run eagerly under a dispatch mode, so what they close over is seen as well.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = ()):
+        super().__init__()
+        self._known = {id(t) for t in known}
+        self._made: dict[int, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor) and t.requires_grad and id(t) not in self._made:
+                self._seen[id(t)] = t
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            # Views and casts of a parameter require grad even under no_grad. An operation may
+            # return its argument: that was not made here.
+            if isinstance(t, Tensor) and id(t) not in self._seen:
+                self._made[id(t)] = t
+        return out
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What was closed over, ``known`` excluded, each once."""
+        return tuple(t for key, t in self._seen.items() if key not in self._known)
+
+
+@contextlib.contextmanager
+def cut_above(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within it, no gradient passes above the given tensors, while their own is still captured.
+
+    One of them may depend on another (a matrix and its factor, both used by f). Asking autograd for
+    both would count the path between them, which is for the caller's graph to follow.
+    """
+    handles = []
+    for t in tensors:
+        if t.grad_fn is not None:
+
+            # Autograd reads its result before these hooks, and None costs nothing further up.
+            def drop(grads: tuple[Tensor | None, ...], index: int = t.output_nr) -> Any:
+                return tuple(None if i == index else g for i, g in enumerate(grads))
+
+            handles.append(t.grad_fn.register_prehook(drop))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,127 @@
+"""The affine cell ``f(z, x) = phi(W z + U x + b)``, the one that is fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .activations import ACTIVATIONS, Activation
+from .choices import check_choice, check_options
+from .solvers import Structure
+from .weights import make_weight
+
+
+class AffineCell(nn.Module):
+    """``f(z, x) = phi(W z + U x + b)`` on rows: z ``(B, features)``, x ``(B, in_features)``.
+
+    Args:
+        in_features, features: sizes n of the input and d of the state, >= 1.
+        activation: a name from ``fastdeq.ACTIVATIONS``.
+        weight: "dense", "orthogonal" or "symmetric", or a module whose ``forward()`` is W ``(d, d)``.
+        scale: spectral radius of W in the limit of large d, for the three named families.
+        bias: whether b is learned.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: unknown names or options, with the valid ones; sizes below 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        activation: str = "tanh",
+        weight: str | nn.Module = "dense",
+        scale: float | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: object,
+    ):
+        super().__init__()
+        valid = ("activation", "weight", "scale", "bias", "device", "dtype")
+        check_options(unknown, valid, "AffineCell")
+        if in_features < 1 or features < 1:
+            raise ValueError(
+                f"in_features and features must be >= 1, got {in_features} and {features}."
+            )
+        check_choice(activation, ACTIVATIONS, "activation")
+        self.in_features = in_features
+        self.features = features
+        self.activation = activation
+        self.weight = make_weight(weight, features, scale, device, dtype)
+        self.injection = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def phi(self) -> Activation:
+        """The activation with its slope and properties."""
+        return ACTIVATIONS[self.activation]
+
+    def recurrent_weight(self) -> Tensor:
+        """W ``(features, features)``.
+
+        Raises:
+            ValueError: the weight module returns another shape.
+        """
+        weight = self.weight()
+        if weight.shape != (self.features, self.features):
+            raise ValueError(
+                f"{type(self.weight).__name__} returned a weight of shape {tuple(weight.shape)}; "
+                f"AffineCell(features={self.features}) needs ({self.features}, {self.features})."
+            )
+        return weight
+
+    def inject(self, x: Tensor) -> Tensor:
+        """``c = U x + b``, ``(B, features)``, for x ``(B, in_features)``.
+
+        Raises:
+            TypeError, ValueError: x of another shape, dtype or device than the cell's.
+        """
+        self._check_input(x)
+        return self.injection(x)  # type: ignore[no-any-return]
+
+    def structure(self) -> Structure:
+        """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
+        norm_bound = getattr(self.weight, "norm_bound", lambda: None)()
+        contraction = None if norm_bound is None else norm_bound * self.phi.lipschitz
+        return Structure(contraction, getattr(self.weight, "tags", frozenset()))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """One step ``f(z, x)``, ``(B, features)``."""
+        return self.phi.function(z @ self.recurrent_weight().t() + self.inject(x))
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor (B, {self.in_features}), not {type(x).__name__}.")
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; AffineCell needs (B, {self.in_features}). "
+                "Flatten leading dimensions into the batch first."
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; floating point is needed, e.g. x.float().")
+        parameter = self.injection.weight
+        if x.device != parameter.device:
+            raise ValueError(
+                f"x is on {x.device} and the cell on {parameter.device}; move one of them."
+            )
+        if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"x has dtype {x.dtype} and the cell {parameter.dtype}; convert one of them, e.g. "
+                f"x.to({parameter.dtype}) or cell.to({x.dtype}), or run under torch.autocast."
+            )
+
+    def check_state(self, z: Tensor, injection: Tensor) -> Tensor:
+        """z as a start of the solve, or an error that says what it should be."""
+        if not isinstance(z, Tensor) or z.shape != injection.shape:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"z0 is {got}; it must have shape {tuple(injection.shape)}.")
+        if not z.is_floating_point() or z.device != injection.device:
+            raise TypeError(
+                f"z0 is {z.dtype} on {z.device}; it must be floating point on {injection.device}."
+            )
+        return z
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.features}, activation={self.activation!r}"

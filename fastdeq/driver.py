@@ -1,0 +1,93 @@
+"""The one iteration loop, for every solver and every map.
+
+z       (B, n)  point of evaluation       f(z)  its value
+rho     (B,)    |f(z) - z| / (|f(z)| + eps), judged only where the point is an iterate
+
+Per sample: a running mask, the best verified iterate, a status, a count. A sample that stops is
+frozen: its point no longer changes, so nothing that happens to it later can reach its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .solution import Solution, Status
+from .solvers.base import Problem, Solver
+
+RESIDUAL_EPS = 1e-9  # makes a residual at the zero state an absolute one
+
+# Iterations between two looks at the running mask. A look costs a round trip to an accelerator;
+# frozen samples make an iteration too many harmless.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_EVERY_ELSEWHERE = 4
+
+
+def solve(
+    f: Callable[[Tensor], Tensor],
+    start: Tensor,
+    solver: Solver,
+    *,
+    tol: float,
+    max_iter: int,
+    anderson_mix: Callable[..., Any],
+    start_value: Tensor | None = None,
+) -> Solution:
+    """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
+
+    ``f`` maps ``(B, n)`` to ``(B, n)`` and treats rows independently; ``start_value`` is
+    ``f(start)`` where it is known. At most ``max_iter`` updates, hence ``max_iter + 1``
+    evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
+    """
+    batch = start.shape[0]
+    usable = start.isfinite().all(1)
+    point = torch.where(usable.unsqueeze(1), start, 0.0)
+    best = point
+    best_residual = point.new_full((batch,), torch.inf)
+    status = torch.full((batch,), Status.MAX_ITER, dtype=torch.int8, device=point.device)
+    iterations = torch.zeros(batch, dtype=torch.int32, device=point.device)
+    running = torch.ones(batch, dtype=torch.bool, device=point.device)
+    iterate = running
+    idle = torch.zeros_like(iterations)
+    state = solver.init(point, Problem(tol, max_iter, anderson_mix))
+    look_every = _LOOK_EVERY.get(point.device.type, _LOOK_EVERY_ELSEWHERE)
+
+    if batch == 0:
+        max_iter = -1
+    for k in range(max_iter + 1):
+        value = start_value if k == 0 and start_value is not None else f(point)
+        norm = torch.linalg.vector_norm(value - point, dim=1)
+        relative = norm / (torch.linalg.vector_norm(value, dim=1) + RESIDUAL_EPS)
+
+        judged = running & iterate
+        improved = judged & (relative < best_residual)  # false for NaN
+        best = torch.where(improved.unsqueeze(1), point, best)
+        best_residual = torch.where(improved, relative, best_residual)
+        idle = torch.where(improved, 0, idle + judged)
+
+        converged = judged & (relative <= tol)
+        status = torch.where(converged, Status.CONVERGED, status)
+        running = running & ~converged
+        if k == max_iter or (k % look_every == 0 and not bool(running.any())):
+            break
+
+        step = solver.step(state, point, value, norm, running)
+        failed = running & step.failed
+        stagnated = running & ~failed & (idle >= solver.patience)
+        status = torch.where(failed, Status.NONFINITE, status)
+        status = torch.where(stagnated, Status.STAGNATED, status)
+        running = running & ~failed & ~stagnated
+        point = torch.where(running.unsqueeze(1), step.point, point)
+        iterate = running if step.iterate is None else step.iterate
+        iterations = iterations + running
+
+    return Solution(
+        best,
+        status.to(torch.int8),
+        iterations,
+        best_residual,
+        dict(zip(solver.rejects, solver.counters(state), strict=True)),
+    )

@@ -1,0 +1,28 @@
+"""Loads the compiled extension, and remembers why when it is not there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+_BUILD_RECORD = Path(__file__).with_name("_build.json")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("fastdeq._C"), ""
+    except ModuleNotFoundError as error:
+        if error.name != "fastdeq._C":
+            return None, f"it failed to load: {error}"
+    except ImportError as error:
+        return None, f"it failed to load: {error}"
+    if _BUILD_RECORD.is_file():
+        return None, json.loads(_BUILD_RECORD.read_text())["reason"] or "it was built elsewhere"
+    return None, "not installed: run `pip install -e . --no-build-isolation`"
+
+
+module, why_missing = _load()
+build_info: dict[str, str] = module.build_info() if module else {}
+has_cuda: bool = build_info.get("cuda", "") == "yes"

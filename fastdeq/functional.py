@@ -1,0 +1,135 @@
+"""``fixed_point``: the functional form, and the two paths (affine cell, general map) behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import driver, functions, ops
+from .activations import ACTIVATIONS
+from .options import Options
+from .solution import Solution, handle_failure
+from .solvers import Solver, Structure, choose
+from .state import Packing
+
+Report = Callable[[Solution], None]
+
+
+def fixed_point(
+    f: Callable[[Any], Any],
+    z0: Any,
+    *,
+    solver: str | Solver = "auto",
+    adjoint: str | Solver = "auto",
+    gradient: str = "implicit",
+    tol: float = 1e-4,
+    adjoint_tol: float | None = None,
+    max_iter: int = 100,
+    adjoint_max_iter: int | None = None,
+    precision: str = "auto",
+    backend: str = "auto",
+    on_failure: str = "warn",
+    **unknown: object,
+) -> tuple[Any, Solution]:
+    """Solves ``z = f(z)`` for each sample, differentiable in everything that f closes over.
+
+    Args:
+        f: maps a state to a state of the same shapes and treats samples (rows of the first
+            dimension) independently.
+        z0: start, a floating-point tensor ``(B, ...)`` or a tuple of them; it gets no gradient.
+        Other arguments: as for :class:`fastdeq.DEQLayer`.
+
+    Returns:
+        The state, shaped like z0, and its :class:`fastdeq.Solution`.
+
+    Raises:
+        TypeError, ValueError: options or states that do not fit; the message lists what does.
+        ConvergenceError: with ``on_failure="raise"``, also from the backward pass.
+    """
+    options = Options.checked(
+        "fixed_point",
+        unknown,
+        solver=solver,
+        adjoint=adjoint,
+        gradient=gradient,
+        tol=tol,
+        adjoint_tol=adjoint_tol,
+        max_iter=max_iter,
+        adjoint_max_iter=adjoint_max_iter,
+        precision=precision,
+        backend=backend,
+        on_failure=on_failure,
+    )
+
+    def report(solution: Solution) -> None:
+        handle_failure(solution, on_failure, "adjoint solve")
+
+    z, solution = solve_map(f, z0, options, Structure(), report)
+    handle_failure(solution, on_failure, "fixed_point")
+    return z, solution
+
+
+def solve_map(
+    f: Callable[[Any], Any], z0: Any, options: Options, structure: Structure, report: Report
+) -> tuple[Any, Solution]:
+    """The general path: f on states ``z0``-like. ``report`` receives the adjoint's solution."""
+    packing = Packing(z0)
+    rows = packing.rowwise(f)
+    anderson_mix = ops.implementation(options.backend, packing.device)
+    with torch.no_grad():
+        solution = driver.solve(
+            rows,
+            packing.pack(z0),
+            choose(options.solver, structure, adjoint=False),
+            tol=options.tol,
+            max_iter=options.max_iter,
+            anderson_mix=anderson_mix,
+        )
+    z = solution.value
+    if torch.is_grad_enabled():
+        failed = solution.nonfinite.unsqueeze(1)
+        if options.gradient == "implicit":
+            plan = adjoint_plan(options, structure, z.device, report)
+            attached = functions.attach(plan, functions.rerun_autocast(rows, z.device.type), z)
+        else:
+            attached = functions.one_step(rows, z)
+        z = torch.where(failed, z, attached)
+    return packing.unpack(z), solution.with_value(packing.unpack(solution.value))
+
+
+def solve_affine(
+    weight: Tensor,
+    injection: Tensor,
+    start: Tensor,
+    activation: str,
+    options: Options,
+    structure: Structure,
+    report: Report,
+) -> tuple[Tensor, Solution]:
+    """The fused path: ``z = phi(z W^T + c)``, weight ``(d, d)``, injection and start ``(B, d)``."""
+    solver = choose(options.solver, structure, adjoint=False)
+    plan = functions.AffinePlan(activation, solver, options.tol, options.max_iter, options.backend)
+    adjoint = adjoint_plan(options, structure, injection.device, report)
+    z, status, iterations, residual, rejects = functions.AffineFixedPoint.apply(
+        plan, adjoint, weight, injection, start.detach()
+    )
+    counters = dict(zip(solver.rejects, rejects.unbind(1), strict=True))
+    solution = Solution(z.detach(), status, iterations, residual, counters)
+    if options.gradient == "one_step":
+        phi = ACTIVATIONS[activation].function
+        failed = solution.nonfinite.unsqueeze(1)
+        attached = functions.one_step(lambda r: phi(torch.addmm(injection, r, weight.t())), z)
+        z = torch.where(failed, z.detach(), attached)
+    return z, solution
+
+
+def adjoint_plan(
+    options: Options, structure: Structure, device: torch.device, report: Report
+) -> functions.AdjointPlan:
+    tol, max_iter = options.adjoint_limits()
+    solver = choose(options.adjoint, structure, adjoint=True)
+    anderson_mix = ops.implementation(options.backend, device)
+    return functions.AdjointPlan(solver, tol, max_iter, options.backend, anderson_mix, report)

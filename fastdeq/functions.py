@@ -1,0 +1,241 @@
+"""The only autograd code: implicit gradients of fixed points, differentiable any number of times.
+
+General map, ``z = f(z)`` with f closing over tensors theta. The implicit function theorem gives
+``dL/dtheta = u^T df/dtheta`` with ``u = g + J^T u``, ``g = dL/dz*``, ``J = df/dz`` at z*. Theta is
+found by watching one evaluation of f, and ``FixedPoint`` takes it as input. The equation for u is a
+fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of every
+order follow from the one rule.
+
+Affine cell, ``z = phi(W z + c)``: in ``q = D u`` the adjoint is ``q = D (g + q W)``, and
+``dL/dc = q``, ``dL/dW = q^T z*``. ``LinearSolve`` solves it; its own gradient, for a cotangent h,
+needs ``p = D (h + p W^T)``, the same solve with W transposed:
+``dL/dg = p``, ``dL/dD = (h + p W^T) (g + q W)``, ``dL/dW = q^T p``.
+
+A sample that ended NONFINITE returns a constant, so its gradient is zero. A gradient that arrives
+with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers look for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import affine, driver
+from .activations import ACTIVATIONS
+from .captured import Watch, cut_above
+from .solution import Solution, Status
+from .solvers import SOLVERS, Solver
+
+Map = Callable[[Tensor], Tensor]
+
+
+def _ignore(solution: Solution) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class AdjointPlan:
+    """How a gradient's linear solve runs, and who is told of its solution."""
+
+    solver: Solver
+    tol: float
+    max_iter: int
+    backend: str
+    anderson_mix: Callable[..., Any]
+    report: Callable[[Solution], None] = field(default=_ignore)
+
+    def silent(self) -> AdjointPlan:
+        """The same plan for a derivative of the gradient, which nobody follows."""
+        return AdjointPlan(self.solver, self.tol, self.max_iter, self.backend, self.anderson_mix)
+
+
+def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
+    return torch.where(grad.isfinite().all(1, keepdim=True), result, torch.nan)
+
+
+class FixedPoint(Function):
+    """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: AdjointPlan, f: Map, z: Tensor, *theta: Tensor) -> Tensor:
+        ctx.plan, ctx.f = plan, f
+        out = z.clone()
+        ctx.save_for_backward(out, *theta)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, *theta = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (3 + len(theta))
+        differentiable = torch.is_grad_enabled()
+        at = z if differentiable else z.detach().requires_grad_()
+        with torch.enable_grad():
+            fz = ctx.f(at)
+        u = _solve_adjoint(ctx.plan, fz, at, grad, theta if differentiable else None)
+        grads = [None] * len(theta)
+        if fz.requires_grad and theta:
+            with cut_above([at, *theta]):
+                grads = torch.autograd.grad(  # type: ignore[assignment]
+                    fz, theta, u, retain_graph=True, create_graph=differentiable, allow_unused=True
+                )
+        return None, None, None, *grads
+
+
+def _solve_adjoint(
+    plan: AdjointPlan, fz: Tensor, at: Tensor, grad: Tensor, theta: list[Tensor] | None
+) -> Tensor:
+    """``u = g + J^T u`` for ``J = dfz/dat``, rows ``(B, n)``; differentiable where theta is given."""
+
+    def adjoint_map(u: Tensor) -> Tensor:
+        products: tuple[Tensor | None, ...] = (None,)
+        if fz.requires_grad:
+            products = torch.autograd.grad(
+                fz, at, u, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+            )
+        # A map that does not depend on z has J = 0.
+        return grad.clone() if products[0] is None else grad + products[0]
+
+    with torch.no_grad():
+        solution = driver.solve(
+            adjoint_map,
+            torch.zeros_like(grad),
+            plan.solver,
+            tol=plan.tol,
+            max_iter=plan.max_iter,
+            anderson_mix=plan.anderson_mix,
+            start_value=grad,
+        )
+    plan.report(solution)
+    u = _propagate_nonfinite(solution.value, grad)
+    if theta is None:
+        return u
+    closed_over = [t for t in (grad, at, *theta) if t.requires_grad]
+    return FixedPoint.apply(plan.silent(), adjoint_map, u, *closed_over)  # type: ignore[no-any-return]
+
+
+def attach(plan: AdjointPlan, f: Map, z: Tensor) -> Tensor:
+    """z, a solution of ``z = f(z)`` as rows, with the implicit gradient of all that f closes over."""
+    z = z.detach()
+    with torch.no_grad(), Watch() as watch:
+        f(z)
+    if not watch.tensors:
+        return z
+
+    def watched(z: Tensor) -> Tensor:
+        with Watch(known=(z, *watch.tensors)) as again:
+            fz = f(z)
+        if again.tensors:
+            shapes = ", ".join(str(tuple(t.shape)) for t in again.tensors)
+            raise RuntimeError(
+                f"the map used tensors of shapes {shapes} at the backward pass that it did not use "
+                "at the forward pass; it must be the same map at both."
+            )
+        return fz
+
+    return FixedPoint.apply(plan, watched, z, *watch.tensors)  # type: ignore[no-any-return]
+
+
+def one_step(f: Map, z: Tensor) -> Tensor:
+    """z with the gradient of one application of f at z."""
+    z = z.detach()
+    fz = f(z)
+    return fz + (z - fz).detach()
+
+
+@dataclass(frozen=True)
+class AffinePlan:
+    """How the forward solve of an affine cell runs."""
+
+    activation: str
+    solver: Solver
+    tol: float
+    max_iter: int
+    backend: str
+
+
+class AffineFixedPoint(Function):
+    """``z = phi(z W^T + c)`` from a start: z and the parts of its ``Solution``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: AffinePlan, adjoint: AdjointPlan, weight: Tensor, c: Tensor, start: Tensor
+    ) -> tuple[Tensor, ...]:
+        solve = affine.chosen("solve_affine", plan.backend, c.device)
+        outputs = solve(
+            weight, c, start, plan.activation, *affine.encode(plan.solver), plan.tol, plan.max_iter
+        )
+        z, status = outputs[:2]
+        ctx.activation, ctx.adjoint = plan.activation, adjoint
+        ctx.save_for_backward(weight, c, z, status)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        weight, c, z, status = ctx.saved_tensors
+        failed = (status == Status.NONFINITE).unsqueeze(1)
+        dtype = affine.working_dtype(weight, c)
+        w, at = weight.to(dtype), z.to(dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            pre = torch.addmm(c.to(dtype), at, w.t())
+            slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
+            q = LinearSolve.apply(ctx.adjoint, w, slope, torch.where(failed, 0.0, grad.to(dtype)))
+            grad_weight = (q.t() @ at).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return None, None, grad_weight, q.to(c.dtype), None
+
+
+class LinearSolve(Function):
+    """``q = D (g + q W)`` per row, from weight W ``(d, d)``, slope D and gradient g ``(B, d)``."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: AdjointPlan, weight: Tensor, slope: Tensor, grad: Tensor) -> Tensor:
+        solve = affine.chosen("solve_affine_adjoint", plan.backend, grad.device)
+        outputs = solve(weight, slope, grad, *affine.encode(plan.solver), plan.tol, plan.max_iter)
+        value, status, iterations, residual, rejects = outputs
+        counters = dict(zip(plan.solver.rejects, rejects.unbind(1), strict=True))
+        plan.report(Solution(value, status, iterations, residual, counters))
+        q = _propagate_nonfinite(value, grad)
+        ctx.plan = plan
+        ctx.save_for_backward(weight, slope, grad, q)
+        ctx.set_materialize_grads(False)
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return (None,) * 4
+        weight, slope, grad, q = ctx.saved_tensors
+        p = LinearSolve.apply(ctx.plan.silent(), weight.t(), slope, h)
+        grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
+        return None, q.t() @ p, grad_slope, p
+
+
+def rerun_autocast(f: Map, device_type: str) -> Map:
+    """f under the autocast state of now, so that a gradient computed later sees the same map.
+
+    Without autocast's weight cache: a cast that was cached before would hide its parameter.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return f
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def run(z: Tensor) -> Tensor:
+        with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+            return f(z)
+
+    return run
+
+
+def registered(solver: Solver) -> bool:
+    """Whether the operators know this solver by name, so that a whole solve is one call."""
+    return SOLVERS.get(solver.name) is type(solver)

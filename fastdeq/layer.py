@@ -1,0 +1,195 @@
+"""``DEQLayer``: options, warm start, bookkeeping of solutions. No numerics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cells import AffineCell
+from .functional import solve_affine, solve_map
+from .functions import registered
+from .options import Options
+from .solution import Solution, Status, handle_failure
+from .solvers import Solver, Structure, choose
+
+
+class DEQLayer(nn.Module):
+    """Outputs the state ``z*`` that solves ``z = cell(z, x)``, with its implicit gradient.
+
+    Args:
+        cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
+            returns a state like z (a tensor ``(B, ...)`` or a tuple of them) and treats samples
+            independently. It may define ``initial_state(x)``.
+        solver: "auto", "picard", "anderson", or an object such as ``Anderson(window=8)``.
+        adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
+            "picard", or an object.
+        gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
+            gradient of one application of the cell, biased and cheap).
+        tol: relative residual ``|f(z) - z| / |f(z)|`` per sample at which a sample has converged.
+        adjoint_tol: the same for the adjoint; None: ``tol``.
+        max_iter: most updates of a sample; one further evaluation verifies the last of them.
+        adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
+        precision: "auto", or "float32" to forbid narrower arithmetic in early iterations. Input
+            narrower than float32 is always solved to a float32 residual where the cell is affine.
+        backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one form of the
+            fused operations.
+        on_failure: when samples do not converge: "warn" (once per layer for each direction),
+            "raise" (``ConvergenceError``) or "ignore". Not looked at inside ``torch.compile``.
+
+    Attributes:
+        last_solution, last_adjoint_solution: the :class:`Solution` of the latest forward and
+            backward solve, or None.
+
+    Gradients follow grad mode, never ``self.training``.
+
+    Raises:
+        TypeError, ValueError: options or input that do not fit, with what does.
+        BackendError: a backend that cannot serve the input's device.
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        *,
+        solver: str | Solver = "auto",
+        adjoint: str | Solver = "auto",
+        gradient: str = "implicit",
+        tol: float = 1e-4,
+        adjoint_tol: float | None = None,
+        max_iter: int = 100,
+        adjoint_max_iter: int | None = None,
+        precision: str = "auto",
+        backend: str = "auto",
+        on_failure: str = "warn",
+        **unknown: object,
+    ):
+        super().__init__()
+        if not callable(cell):
+            raise TypeError(f"cell must be callable as cell(z, x), not {type(cell).__name__}.")
+        self.cell = cell
+        self.options = Options.checked(
+            "DEQLayer",
+            unknown,
+            solver=solver,
+            adjoint=adjoint,
+            gradient=gradient,
+            tol=tol,
+            adjoint_tol=adjoint_tol,
+            max_iter=max_iter,
+            adjoint_max_iter=adjoint_max_iter,
+            precision=precision,
+            backend=backend,
+            on_failure=on_failure,
+        )
+        self.last_solution: Solution | None = None
+        self.last_adjoint_solution: Solution | None = None
+        self._warned: set[str] = set()
+
+    def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
+        """The equilibrium for x; further arguments go to the cell after x.
+
+        A sample of a tensor x that is not finite ends NONFINITE: it returns zeros, gets and
+        gives a zero gradient, and its batch mates are solved as if it were absent.
+
+        Args:
+            x: whatever the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
+            z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
+                that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
+        """
+        x, bad = _without_nonfinite(x)
+        if self._fused(context):
+            z, solution = self._solve_affine(x, z0)
+        else:
+            start = self._start(x) if z0 is None else z0
+            z, solution = solve_map(
+                lambda state: self.cell(state, x, *context),
+                start,
+                self.options,
+                self._structure(),
+                self._receive_adjoint,
+            )
+        if bad is not None and len(bad) == len(solution.status):
+            z, solution = _mark_nonfinite(z, solution, bad)
+        self.last_solution = solution
+        self._handle(solution, "DEQLayer, forward solve")
+        return z
+
+    def _fused(self, context: tuple[Any, ...]) -> bool:
+        affine = isinstance(self.cell, AffineCell) and type(self.cell).forward is AffineCell.forward
+        return (
+            affine
+            and not context
+            and registered(choose(self.options.solver, Structure(), adjoint=False))
+            and registered(choose(self.options.adjoint, Structure(), adjoint=True))
+        )
+
+    def _solve_affine(self, x: Tensor, z0: Tensor | None) -> tuple[Tensor, Solution]:
+        cell: AffineCell = self.cell
+        injection = cell.inject(x)
+        start = torch.zeros_like(injection) if z0 is None else cell.check_state(z0, injection)
+        return solve_affine(
+            cell.recurrent_weight(),
+            injection,
+            start,
+            cell.activation,
+            self.options,
+            cell.structure(),
+            self._receive_adjoint,
+        )
+
+    def _structure(self) -> Structure:
+        return self.cell.structure() if hasattr(self.cell, "structure") else Structure()
+
+    def _start(self, x: Any) -> Any:
+        if hasattr(self.cell, "initial_state"):
+            return self.cell.initial_state(x)
+        if isinstance(x, Tensor):
+            return torch.zeros_like(x)
+        raise TypeError(
+            f"no start for the solve: x is a {type(x).__name__}, so pass z0=..., or define "
+            "initial_state(x) on the cell."
+        )
+
+    def _receive_adjoint(self, solution: Solution) -> None:
+        self.last_adjoint_solution = solution
+        self._handle(solution, "DEQLayer, adjoint solve")
+
+    def _handle(self, solution: Solution, what: str) -> None:
+        if torch.compiler.is_compiling() or what in self._warned:
+            return
+        if handle_failure(solution, self.options.on_failure, what):
+            self._warned.add(what)
+
+    def extra_repr(self) -> str:
+        o = self.options
+        return f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
+
+
+def _without_nonfinite(x: Any) -> tuple[Any, Tensor | None]:
+    """x with non-finite samples zeroed, and which they are; None where x is not such a tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+        return x, None
+    bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    return torch.where(bad.view(shape), 0.0, x), bad
+
+
+def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solution]:
+    """z and solution with the samples ``bad`` ``(B,)`` reported NONFINITE and set to zero."""
+
+    def zero(part: Tensor) -> Tensor:
+        return torch.where(bad.view((-1,) + (1,) * (part.dim() - 1)), 0.0, part)
+
+    def each(state: Any) -> Any:
+        return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
+
+    marked = Solution(
+        each(solution.value),
+        torch.where(bad, Status.NONFINITE, solution.status).to(torch.int8),
+        torch.where(bad, 0, solution.iterations),
+        torch.where(bad, torch.inf, solution.residual),
+        solution.rejects,
+    )
+    return each(z), marked

@@ -1,0 +1,66 @@
+"""The options of a solve and its gradient, checked once at the public edge."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from .choices import check_choice, check_options
+from .ops import BACKENDS
+from .solution import ON_FAILURE
+from .solvers import Solver, Structure, choose
+
+GRADIENTS = ("implicit", "one_step")
+PRECISIONS = ("auto", "float32")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options shared by ``DEQLayer`` and ``fixed_point``; see ``DEQLayer`` for their meaning."""
+
+    solver: str | Solver = "auto"
+    adjoint: str | Solver = "auto"
+    gradient: str = "implicit"
+    tol: float = 1e-4
+    adjoint_tol: float | None = None
+    max_iter: int = 100
+    adjoint_max_iter: int | None = None
+    precision: str = "auto"
+    backend: str = "auto"
+    on_failure: str = "warn"
+
+    def __post_init__(self) -> None:
+        for adjoint, name in ((False, self.solver), (True, self.adjoint)):
+            choose(name, Structure(), adjoint=adjoint)
+        check_choice(self.gradient, GRADIENTS, "gradient")
+        check_choice(self.precision, PRECISIONS, "precision")
+        check_choice(self.backend, BACKENDS, "backend")
+        check_choice(self.on_failure, ON_FAILURE, "on_failure")
+        self._check_tolerance("tol", self.tol)
+        self._check_limit("max_iter", self.max_iter)
+        tol, max_iter = self.adjoint_limits()
+        self._check_tolerance("adjoint_tol", tol)
+        self._check_limit("adjoint_max_iter", max_iter)
+
+    def adjoint_limits(self) -> tuple[float, int]:
+        """Tolerance and iteration limit of the adjoint; those of the forward solve where unset."""
+        tol = self.tol if self.adjoint_tol is None else self.adjoint_tol
+        return tol, self.max_iter if self.adjoint_max_iter is None else self.adjoint_max_iter
+
+    @classmethod
+    def checked(cls, owner: str, unknown: dict[str, object], **options: object) -> Options:
+        """Builds the options of ``owner``, refusing keyword arguments it does not know."""
+        check_options(unknown, (f.name for f in dataclasses.fields(cls)), owner)
+        return cls(**options)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _check_tolerance(name: str, value: object) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (math.isfinite(value) and value >= 0):  # type: ignore[arg-type]
+            raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
+
+    @staticmethod
+    def _check_limit(name: str, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")

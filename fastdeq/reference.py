@@ -1,0 +1,128 @@
+"""Every fused primitive in plain PyTorch: the specification that the fast forms are tested against.
+
+Symbols: B samples of size n; m slots of history; g = f(z) - z the residual of an iterate z;
+k the slot of the newest entry; gamma the mixing coefficients; beta the damping.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+
+
+def affine_step(weight: Tensor, injection: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``phi(z W^T + c)`` for rows z ``(B, d)``, weight ``(d, d)`` and injection c ``(B, d)``."""
+    return ACTIVATIONS[activation].function(torch.addmm(injection, z, weight.t()))
+
+
+def affine_adjoint_step(weight: Tensor, slope: Tensor, grad: Tensor, q: Tensor) -> Tensor:
+    """``D (g + q W)``: one step of the adjoint in ``q = D u``; all but the weight ``(B, d)``."""
+    return slope * torch.addmm(grad, q, weight)
+
+
+def anderson_mix(
+    f_history: Tensor,
+    g_history: Tensor,
+    gram: Tensor,
+    count: Tensor,
+    slot: int,
+    damping: float,
+    regularization: float,
+    rank_tolerance: float,
+    max_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Anderson acceleration (type II) for each sample on its own.
+
+    With differences to the newest entry k, ``dg_i = g_k - g_i`` and ``df_i = f_k - f_i``, finds
+    the gamma that minimises ``|g_k - sum gamma_i dg_i|^2`` (plus a ridge) and returns
+
+        ``z = f_k - sum gamma_i df_i - (1 - beta) (g_k - sum gamma_i dg_i)``.
+
+    gamma = 0 is the plain damped step, so regularising and dropping columns lead back to it. The
+    columns are scaled to unit norm first: ridge and rank cut are relative to the data and keep
+    their meaning near convergence. Columns are eliminated newest first; one whose pivot falls to
+    ``rank_tolerance`` or below depends on newer ones and is dropped.
+
+    Args:
+        f_history: ``(B, m, n)`` float32 or float64, values f(z) in a ring buffer.
+        g_history: ``(B, m, n)``, same dtype, their residuals.
+        gram: ``(B, m, m)`` float64, inner products of ``g_history``; row and column ``slot`` are
+            written by this call.
+        count: ``(B,)`` int32, valid entries before the newest, at most m - 1; they are the most
+            recent ones.
+        slot: position of the newest entry, in ``[0, m)``.
+        damping: beta in (0, 1].
+        regularization: ridge on the unit-norm columns, >= 0.
+        rank_tolerance: smallest pivot kept, relative to a unit column, >= 0.
+        max_weight: largest 1-norm of gamma before the sample takes the plain step instead.
+
+    Returns:
+        ``z (B, n)``; the number of dropped columns ``(B,)`` int32; whether the weights were
+        rejected ``(B,)`` bool. A sample with NaN in its history affects no other.
+
+    Source: D. G. Anderson, J. ACM 12 (1965) 547; Walker and Ni, SIAM J. Numer. Anal. 49 (2011) 1715.
+    """
+    slots = f_history.shape[1]
+    f, g = f_history[:, slot], g_history[:, slot]
+    row = torch.einsum("bmn,bn->bm", g_history.double(), g.double())
+    gram[:, slot, :] = row
+    gram[:, :, slot] = row
+
+    newest_first = [(slot - age) % slots for age in range(1, slots)]
+    age = torch.arange(1, slots, device=count.device)
+    valid = age <= count.unsqueeze(1)
+    gamma, dropped = _solve_small(
+        gram, slot, newest_first, valid, regularization, rank_tolerance
+    )
+    # Written so that a NaN sum counts as rejected.
+    rejected = ~(gamma.abs().sum(1) <= max_weight)
+    gamma = torch.where(rejected.unsqueeze(1) | (gamma == 0), 0.0, gamma).to(f.dtype)
+
+    z = f - (1 - damping) * g
+    for i, j in enumerate(newest_first):
+        weight = gamma[:, i : i + 1]
+        difference = f - f_history[:, j] - (1 - damping) * (g - g_history[:, j])
+        # An unused slot may hold anything, NaN included: 0 * NaN must not enter.
+        z = z - torch.where(weight == 0, 0.0, weight * difference)
+    return z, dropped, rejected
+
+
+def _solve_small(
+    gram: Tensor,
+    slot: int,
+    newest_first: list[int],
+    valid: Tensor,
+    regularization: float,
+    rank_tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """gamma ``(B, m - 1)`` in the order ``newest_first``, and how many valid columns were dropped."""
+    diagonal = gram[:, slot, slot]
+    to_newest = gram[:, slot, newest_first]
+    pairs = gram[:, newest_first][:, :, newest_first]
+    # <g_k - g_i, g_k - g_j> and <g_k - g_i, g_k>, from products that float64 holds exactly enough.
+    matrix = diagonal[:, None, None] - to_newest[:, :, None] - to_newest[:, None, :] + pairs
+    rhs = diagonal[:, None] - to_newest
+    square = matrix.diagonal(dim1=1, dim2=2)
+    usable = valid & (square > 0) & square.isfinite()
+    scale = torch.where(usable, square, 1.0).rsqrt() * usable
+    # Zero by selection, not by product: 0 * NaN is NaN.
+    both = usable[:, :, None] & usable[:, None, :]
+    matrix = torch.where(both, matrix * scale[:, :, None] * scale[:, None, :], 0.0)
+    rhs = torch.where(usable, rhs * scale, 0.0)
+    matrix.diagonal(dim1=1, dim2=2).add_(regularization)
+
+    kept = usable.clone()
+    for j in range(len(newest_first)):  # Gauss-Jordan; pivots equal those of an LDL^T
+        pivot = matrix[:, j, j]
+        keep = kept[:, j] & (pivot > rank_tolerance)
+        kept[:, j] = keep
+        inverse = torch.where(keep, 1 / pivot, 0.0)
+        factor = matrix[:, :, j] * inverse[:, None]
+        factor[:, j] = 0
+        matrix = matrix - factor[:, :, None] * matrix[:, j : j + 1, :]
+        rhs = rhs - factor * rhs[:, j : j + 1]
+    pivots = matrix.diagonal(dim1=1, dim2=2)
+    gamma = torch.where(kept, rhs / pivots, 0.0) * scale
+    return gamma, (valid.sum(1) - kept.sum(1)).to(torch.int32)

@@ -1,0 +1,122 @@
+"""What a solve returns, and what happens when part of it failed."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """Outcome of the solve for one sample; compares with the integers in ``Solution.status``."""
+
+    CONVERGED = 0  #: the relative residual reached the tolerance
+    MAX_ITER = 1  #: the iteration limit came first
+    STAGNATED = 2  #: the residual stopped improving, e.g. at the rounding floor
+    NONFINITE = 3  #: the cell returned NaN or infinity for this sample
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of a fixed-point or linear solve of a batch of B samples.
+
+    Attributes:
+        value: the best finite iterate of each sample, shaped like the state (a tensor ``(B, ...)``
+            or a tuple of them). Detached when read from ``DEQLayer.last_solution``.
+        status: ``(B,)`` int8, values of :class:`Status`.
+        iterations: ``(B,)`` int32, updates made for the sample until it stopped. Verifying the
+            last one takes one further evaluation of the cell.
+        residual: ``(B,)`` float32 or float64, ``|f(z) - z| / (|f(z)| + 1e-9)`` of ``value``,
+            2-norms per sample, measured before any rounding of ``value`` to a half-precision type.
+        rejects: per-sample counters ``(B,)`` int32 of steps a solver took back, by reason.
+    """
+
+    value: Any
+    status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    rejects: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def converged(self) -> Tensor:
+        """``(B,)`` bool: which samples met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """``(B,)`` bool: which samples ended NONFINITE."""
+        return self.status == Status.NONFINITE
+
+    def with_value(self, value: Any) -> Solution:
+        """The same solution with its value in another form."""
+        return replace(self, value=value)
+
+    def summary(self) -> str:
+        """One line for people: counts per status, iterations and the worst residual."""
+        if self.status.numel() == 0:
+            return "no samples"
+        counts = ", ".join(
+            f"{int((self.status == s).sum())} {s.name}" for s in Status if (self.status == s).any()
+        )
+        return (
+            f"{self.status.numel()} samples: {counts}; iterations {int(self.iterations.min())} to "
+            f"{int(self.iterations.max())}; worst residual {float(self.residual.max()):.1e}"
+        )
+
+
+class ConvergenceError(RuntimeError):
+    """A solve failed for at least one sample and ``on_failure="raise"``; carries ``.solution``."""
+
+    def __init__(self, message: str, solution: Solution):
+        super().__init__(message)
+        self.solution = solution
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve failed for at least one sample and ``on_failure="warn"``."""
+
+
+ON_FAILURE = ("warn", "raise", "ignore")
+
+_ADVICE = {
+    Status.MAX_ITER: "raise max_iter or tol, or try another solver",
+    Status.STAGNATED: (
+        "raise tol (the rounding floor of the cell's dtype may lie above it), reduce the weight "
+        "scale, or use orthogonal or symmetric weights"
+    ),
+    Status.NONFINITE: "look for NaN or infinity in the input, the weights and the cell",
+}
+
+
+def failure_message(solution: Solution, what: str, worst: int = 3) -> str:
+    """Names the worst samples, their status and residual, and what to try."""
+    failed = torch.nonzero(~solution.converged).flatten()
+    order = torch.argsort(solution.residual[failed].nan_to_num(nan=torch.inf), descending=True)
+    rows = failed[order[:worst]].tolist()
+    named = "; ".join(
+        f"sample {i}: {Status(int(solution.status[i])).name}, residual "
+        f"{float(solution.residual[i]):.1e} after {int(solution.iterations[i])} iterations"
+        for i in rows
+    )
+    seen = sorted({int(s) for s in solution.status[failed].unique()})
+    advice = "; ".join(_ADVICE[Status(s)] for s in seen)
+    return (
+        f"{what}: {len(failed)} of {len(solution.status)} samples did not converge ({named}). "
+        f"Their best finite iterate is returned. To try: {advice}."
+    )
+
+
+def handle_failure(solution: Solution, on_failure: str, what: str) -> bool:
+    """Applies the policy; returns True when it warned, so that a caller can warn only once."""
+    if on_failure == "ignore" or bool(solution.converged.all()):
+        return False
+    message = failure_message(solution, what)
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    return True

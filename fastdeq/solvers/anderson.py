@@ -1,0 +1,135 @@
+"""Anderson acceleration, type II, with each sample on its own and never a singular solve.
+
+    window w    past differences used; the ring buffer has m = w + 1 slots
+    g = f(z)-z  residual
+    gamma       argmin |g_k - sum gamma_i (g_k - g_i)|, from ops.anderson_mix
+
+A step is taken back when the residual it leads to is too large or not finite: the sample returns to
+the last point it trusted, takes the plain step from there, and starts a fresh history. The reasons
+for which a step is rejected, shortened or taken back have a counter each.
+
+Sources: D. G. Anderson, J. ACM 12 (1965) 547; H. Walker and P. Ni, SIAM J. Numer. Anal. 49 (2011)
+1715; safeguard in the manner of J. Zhang, B. O'Donoghue and S. Boyd, SIAM J. Optim. 30 (2020) 3170.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Problem, Step, Structure, check_range
+
+
+@dataclass
+class _State:
+    mix: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    f_history: Tensor  # (B, m, n)
+    g_history: Tensor  # (B, m, n)
+    gram: Tensor  # (B, m, m) float64
+    count: Tensor  # (B,) int32: valid entries before the newest
+    slot: int
+    trusted_value: Tensor  # (B, n): f at the last point that was not taken back
+    trusted_norm: Tensor  # (B,): its residual norm
+    accelerated: Tensor  # (B,) bool: the current point came from a mixing step
+    safeguard: Tensor  # (B,) int32 counters
+    weight_cap: Tensor
+    rank_cut: Tensor
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson acceleration.
+
+    Args:
+        window: past differences used, >= 1 (memory: 2 (window + 1) states).
+        damping: beta in (0, 1].
+        regularization: ridge on the unit-norm columns, >= 0; shrinks towards the plain step.
+        rank_tolerance: pivots at or below it, relative to a unit column, drop the column, >= 0.
+        max_weight: largest 1-norm of gamma; beyond it the sample takes the plain step.
+        safeguard: a step may raise the residual norm by this factor, >= 1, before it is taken back.
+    """
+
+    window: int = 5
+    damping: float = 1.0
+    regularization: float = 1e-10
+    rank_tolerance: float = 1e-9
+    max_weight: float = 1e4
+    safeguard: float = 2.0
+
+    name: ClassVar[str] = "anderson"
+    linear: ClassVar[bool] = False
+    patience: ClassVar[int] = 30
+    rejects: ClassVar[tuple[str, ...]] = ("safeguard", "weight_cap", "rank_cut")
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        if self.window != int(self.window):
+            raise ValueError(f"Anderson(window={self.window!r}): window must be an integer >= 1.")
+        object.__setattr__(self, "window", int(self.window))
+        check_range("Anderson", "window", self.window, 1, 1000, "an integer from 1 to 1000")
+        check_range("Anderson", "damping", self.damping, 1e-12, 1.0, "in (0, 1]")
+        check_range("Anderson", "regularization", self.regularization, 0.0, inf, ">= 0")
+        check_range("Anderson", "rank_tolerance", self.rank_tolerance, 0.0, inf, ">= 0")
+        check_range("Anderson", "max_weight", self.max_weight, 0.0, inf, ">= 0")
+        check_range("Anderson", "safeguard", self.safeguard, 1.0, inf, ">= 1")
+
+    def suits(self, structure: Structure) -> bool:
+        return True
+
+    def init(self, point: Tensor, problem: Problem) -> _State:
+        batch, size = point.shape
+        slots = self.window + 1
+        zeros = torch.zeros(batch, dtype=torch.int32, device=point.device)
+        return _State(
+            mix=problem.anderson_mix,
+            f_history=point.new_zeros(batch, slots, size),
+            g_history=point.new_zeros(batch, slots, size),
+            gram=point.new_zeros(batch, slots, slots, dtype=torch.float64),
+            count=zeros.clone(),
+            slot=0,
+            trusted_value=point,
+            trusted_norm=point.new_full((batch,), torch.inf),
+            accelerated=zeros.bool(),
+            safeguard=zeros.clone(),
+            weight_cap=zeros.clone(),
+            rank_cut=zeros.clone(),
+        )
+
+    def step(self, state: _State, point: Tensor, value: Tensor, norm: Tensor, running: Tensor) -> Step:
+        finite = norm.isfinite()
+        # NaN compares false: "not (norm <= limit)" takes a non-finite step back as well.
+        back = state.accelerated & ~(norm <= self.safeguard * state.trusted_norm)
+        column = back.unsqueeze(1)
+        state.f_history[:, state.slot] = value
+        state.g_history[:, state.slot] = value - point
+        mixed, dropped, rejected = state.mix(
+            state.f_history,
+            state.g_history,
+            state.gram,
+            state.count,
+            state.slot,
+            self.damping,
+            self.regularization,
+            self.rank_tolerance,
+            self.max_weight,
+        )
+        # The plain step from the trusted point stands in for a step taken back.
+        following = torch.where(column, state.trusted_value, mixed)
+        state.trusted_value = torch.where(column, state.trusted_value, value)
+        state.trusted_norm = torch.where(back, state.trusted_norm, norm)
+
+        state.safeguard += back & running
+        state.weight_cap += rejected & ~back & running
+        state.rank_cut += (dropped > 0) & ~back & running
+        state.accelerated = ~back & ~rejected & (state.count > 0)
+        # The history restarts after a step taken back; its newest entry is not counted either.
+        state.count = torch.where(back, 0, (state.count + 1).clamp(max=self.window))
+        state.slot = (state.slot + 1) % (self.window + 1)
+        return Step(following, None, ~finite & ~back)
+
+    def counters(self, state: _State) -> tuple[Tensor, ...]:
+        return state.safeguard, state.weight_cap, state.rank_cut

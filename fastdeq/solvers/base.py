@@ -1,0 +1,85 @@
+"""What a solver is: a small immutable object with ``init`` and ``step``, driven by ``driver.solve``.
+
+A solver sees rows ``(B, n)`` and never a device, a cell or autograd. The driver evaluates the map
+at the points that the solver asks for, keeps the best verified iterate of every sample, and stops
+samples one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is known of the map before it is evaluated.
+
+    ``contraction`` bounds its Lipschitz constant in the 2-norm (None: unknown); ``tags`` are the
+    structural tags of a weight.
+    """
+
+    contraction: float | None = None
+    tags: frozenset[str] = frozenset()
+
+
+class Problem(NamedTuple):
+    """What a solver is told at the start: the relative tolerance, the number of updates it will be
+    asked for, and the form of ``ops.anderson_mix`` to use."""
+
+    tol: float
+    max_iter: int
+    anderson_mix: Callable[..., Any]
+
+
+class Step(NamedTuple):
+    """A solver's answer to one evaluation.
+
+    ``point`` is where to evaluate next, ``(B, n)``. ``iterate`` says for which samples that point
+    is an iterate, whose residual counts, rather than a direction, ``(B,)`` bool, None for all.
+    ``failed`` marks samples that the solver cannot continue, ``(B,)`` bool.
+    """
+
+    point: Tensor
+    iterate: Tensor | None
+    failed: Tensor
+
+
+class Solver(Protocol):
+    """``name`` registers it; ``linear`` restricts it to affine maps (adjoints);
+    ``patience`` is how many iterates in a row may bring no new best residual; ``rejects`` names
+    its counters."""
+
+    name: ClassVar[str]
+    linear: ClassVar[bool]
+    patience: ClassVar[int]
+    rejects: ClassVar[tuple[str, ...]]
+
+    def suits(self, structure: Structure) -> bool:
+        """Whether this solver should be chosen by ``"auto"`` for a map of this structure."""
+        ...
+
+    def init(self, point: Tensor, problem: Problem) -> Any:
+        """Fresh mutable state for a batch shaped like ``point``."""
+        ...
+
+    def step(self, state: Any, point: Tensor, value: Tensor, norm: Tensor, running: Tensor) -> Step:
+        """Next point from ``value = f(point)`` and ``norm = |value - point|`` ``(B,)``.
+
+        Samples outside ``running`` ``(B,)`` bool are frozen: what is returned for them is ignored,
+        and counters must not count them.
+        """
+        ...
+
+    def counters(self, state: Any) -> tuple[Tensor, ...]:
+        """The counters named in ``rejects``, ``(B,)`` int32 each."""
+        ...
+
+
+def check_range(owner: str, name: str, value: float, low: float, high: float, text: str) -> None:
+    """Raises ValueError unless ``low <= value <= high`` (NaN fails)."""
+    if not low <= value <= high:
+        raise ValueError(f"{owner}({name}={value!r}): {name} must be {text}.")

@@ -1,0 +1,169 @@
+"""Restarted GMRES for the adjoint, batched: one Krylov space per sample.
+
+The map is affine, ``f(u) = b + J u``; the system is ``A u = b`` with ``A v = v - J v = v - (f(v) - b)``.
+Each evaluation is one product with J, so no product is spent on anything but the Krylov space and
+one verification per cycle.
+
+    V (B, m+1, n)  orthonormal basis          H (B, m+1, m) float64  upper Hessenberg, A V_m = V_{m+1} H
+    beta = |r_0|   residual at cycle start    y argmin |beta e_1 - H y|, u = u_0 + V_m y
+
+The residual norm inside a cycle costs O(m) per step: the left null vector l of H (l_0 = 1,
+``l_{j+1} = -sum_i l_i H_ij / H_{j+1,j}``) gives ``|r_j| = beta / |l_{0..j}|``, because the residual
+of the least-squares problem is the projection of beta e_1 on that vector.
+
+Source: Y. Saad and M. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986) 856.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Problem, Step, Structure, check_range
+
+
+@dataclass
+class _State:
+    basis: Tensor  # (B, m+1, n)
+    hessenberg: Tensor  # (B, m+1, m) float64
+    null: Tensor  # (B, m+1) float64, the left null vector
+    beta: Tensor  # (B,) float64
+    step: Tensor  # (B,) int64: columns done in this cycle; -1: the point is an iterate
+    start: Tensor  # (B, n): u_0 of the cycle
+    offset: Tensor | None  # (B, n): b, the value at zero
+    scale: Tensor  # (B, 1): |b|; directions are evaluated at this length, b being added to them
+    tol: float
+    updates_left: int
+    used: int  # columns of the basis that any sample has used
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Restarted GMRES; ``restart`` >= 1 is the largest dimension of the Krylov space.
+
+    The first point must be zero, where the map's value is the right-hand side.
+    """
+
+    restart: int = 20
+
+    name: ClassVar[str] = "gmres"
+    linear: ClassVar[bool] = True
+    patience: ClassVar[int] = 3
+    rejects: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.restart != int(self.restart):
+            raise ValueError(f"GMRES(restart={self.restart!r}): restart must be an integer >= 1.")
+        object.__setattr__(self, "restart", int(self.restart))
+        check_range("GMRES", "restart", self.restart, 1, 10_000, "an integer from 1 to 10000")
+
+    def suits(self, structure: Structure) -> bool:
+        return True
+
+    def init(self, point: Tensor, problem: Problem) -> _State:
+        batch, size = point.shape
+        wide = {"dtype": torch.float64}
+        return _State(
+            basis=point.new_zeros(batch, self.restart + 1, size),
+            hessenberg=point.new_zeros(batch, self.restart + 1, self.restart, **wide),
+            null=point.new_zeros(batch, self.restart + 1, **wide),
+            beta=point.new_zeros(batch, **wide),
+            step=torch.full((batch,), -1, device=point.device),
+            start=point,
+            offset=None,
+            scale=point.new_ones(batch, 1),
+            tol=problem.tol,
+            updates_left=problem.max_iter,
+            used=0,
+        )
+
+    def step(
+        self, state: _State, point: Tensor, value: Tensor, norm: Tensor, running: Tensor
+    ) -> Step:
+        if state.offset is None:
+            state.offset = value
+            length = value.norm(dim=1, keepdim=True)
+            state.scale = torch.where(length > 0, length, 1.0)
+        opening = state.step < 0
+        self._extend(state, point, value)
+        self._open(state, opening, point, value, norm)
+        state.used = min(state.used + 1, self.restart)
+
+        # The residual must fall below tol * |f(u)|; |b| and |u_0| stand in for |f(u)|, unknown yet.
+        goal = state.tol * torch.maximum(state.scale[:, 0], state.start.norm(dim=1)).double()
+        estimate = state.beta / state.null.norm(dim=1)
+        full = state.step >= self.restart
+        state.updates_left -= 1
+        last = state.updates_left == 0  # what comes back now must be an iterate: it is the result
+        leaving = ~opening & (~(estimate > goal) | full | last) & running
+        row = torch.arange(len(point), device=point.device)
+        following = state.basis[row, state.step.clamp(max=self.restart)] * state.scale
+        if bool(leaving.any()):
+            following[leaving] = self._minimise(state, leaving)
+            state.step = torch.where(leaving, -1, state.step)
+        if last:
+            following = torch.where(opening.unsqueeze(1), value, following)
+        return Step(following, leaving | last, ~norm.isfinite())
+
+    def _open(
+        self, state: _State, opening: Tensor, point: Tensor, value: Tensor, norm: Tensor
+    ) -> None:
+        """Starts a cycle for the samples whose point was an iterate."""
+        column = opening.unsqueeze(1)
+        first = (value - point) / torch.where(norm > 0, norm, 1.0).unsqueeze(1)
+        state.basis = torch.where(column.unsqueeze(2), 0.0, state.basis)
+        state.basis[:, 0] = torch.where(column, first, state.basis[:, 0])
+        state.hessenberg = torch.where(column.unsqueeze(2), 0.0, state.hessenberg)
+        state.null = torch.where(column, 0.0, state.null)
+        state.null[:, 0] = 1.0
+        state.beta = torch.where(opening, norm.double(), state.beta)
+        state.start = torch.where(column, point, state.start)
+        state.step = torch.where(opening, 0, state.step)
+
+    def _extend(self, state: _State, point: Tensor, value: Tensor) -> None:
+        """Adds one Arnoldi column; samples at an iterate are overwritten by ``_open`` afterwards."""
+        rows = torch.arange(len(point), device=point.device)
+        at = state.step.clamp(min=0, max=self.restart - 1)
+        basis = state.basis[:, : state.used + 1]  # columns beyond a sample's own step are zero
+        w = (point - (value - state.offset)) / state.scale
+        column = w.new_zeros(len(point), state.used + 1)
+        for _ in range(2):  # classical Gram-Schmidt twice: orthogonal to machine precision
+            projection = torch.einsum("bmn,bn->bm", basis, w)
+            w = w - torch.einsum("bm,bmn->bn", projection, basis)
+            column = column + projection
+        length = w.norm(dim=1)
+        # A length at the rounding floor is an invariant subspace: the iterate is exact.
+        floor = 10 * torch.finfo(w.dtype).eps * column.norm(dim=1)
+        closed = length <= floor
+        safe = torch.where(closed, 1.0, length)
+        state.hessenberg[rows, : state.used + 1, at] = column.double()
+        state.hessenberg[rows, at + 1, at] = torch.where(closed, 0.0, length).double()
+        state.basis[rows, at + 1] = torch.where(closed, 0.0, 1.0).unsqueeze(1) * (w / safe[:, None])
+        inner = (state.null[:, : state.used + 1] * column).sum(1)
+        state.null[rows, at + 1] = torch.where(closed, torch.inf, -inner / safe)
+        state.step = state.step + 1
+
+    def _minimise(self, state: _State, leaving: Tensor) -> Tensor:
+        """``u_0 + V y`` for the samples that leave their cycle, ``(L, n)``."""
+        hessenberg, step = state.hessenberg[leaving], state.step[leaving]
+        unused = torch.arange(self.restart, device=step.device) >= step.unsqueeze(1)
+        # A unit subdiagonal in unused columns keeps the factor regular and their y at zero.
+        index = torch.arange(self.restart, device=step.device)
+        hessenberg[:, index + 1, index] += unused
+        q, r = torch.linalg.qr(hessenberg)
+        rhs = q[:, 0, :] * state.beta[leaving].unsqueeze(1)
+        diagonal = r.diagonal(dim1=1, dim2=2)
+        singular = diagonal.abs() <= 1e-14 * diagonal.abs().amax(1, keepdim=True)
+        rhs = torch.where(singular, 0.0, rhs)
+        r = r + torch.diag_embed(torch.where(singular, 1.0 - diagonal, 0.0))
+        y = torch.linalg.solve_triangular(r, rhs.unsqueeze(2), upper=True).squeeze(2)
+        y = torch.where(unused, 0.0, y).to(state.basis.dtype)
+        return state.start[leaving] + torch.einsum(
+            "bm,bmn->bn", y, state.basis[leaving][:, : self.restart]
+        )
+
+    def counters(self, state: _State) -> tuple[Tensor, ...]:
+        return ()

@@ -1,0 +1,71 @@
+"""The state of a general cell, a tensor or a tuple of tensors, as rows ``(B, n)`` for the solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .affine import working_dtype
+
+
+class Packing:
+    """Packs states like an example into rows, and unpacks rows into such states.
+
+    The example is a tensor ``(B, ...)`` or a tuple of them with one B, floating point, on one
+    device. Rows are float64 where a part is, else float32.
+
+    Raises:
+        TypeError, ValueError: an example of another kind, with what it was.
+    """
+
+    def __init__(self, example: Any):
+        self.is_tuple = isinstance(example, (tuple, list))
+        parts = tuple(example) if self.is_tuple else (example,)
+        if not parts or not all(isinstance(p, Tensor) for p in parts):
+            kinds = ", ".join(type(p).__name__ for p in parts)
+            raise TypeError(f"the state must be a tensor or a tuple of tensors, not ({kinds}).")
+        for p in parts:
+            if not p.is_floating_point():
+                raise TypeError(f"the state has dtype {p.dtype}; it must be real floating point.")
+            if p.dim() == 0:
+                raise ValueError("the state needs a leading batch dimension: shape (B, ...).")
+        if len({(p.shape[0], p.device) for p in parts}) > 1:
+            seen = "; ".join(f"{tuple(p.shape)} on {p.device}" for p in parts)
+            raise ValueError(f"the parts of the state differ in batch size or device: {seen}.")
+        self.shapes = [p.shape for p in parts]
+        self.dtypes = [p.dtype for p in parts]
+        self.sizes = [p[0].numel() if len(p) else p.flatten(1).shape[1] for p in parts]
+        self.device = parts[0].device
+        self.dtype = working_dtype(*parts)
+
+    def pack(self, state: Any, what: str = "the cell") -> Tensor:
+        """Rows ``(B, n)``; raises unless ``state`` matches the example in kind, shape and device."""
+        parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+        if not all(isinstance(p, Tensor) for p in parts):
+            kinds = ", ".join(type(p).__name__ for p in parts)
+            raise TypeError(f"{what} returned ({kinds}); a state of tensors is needed.")
+        if [p.shape for p in parts] != self.shapes:
+            got = [tuple(p.shape) for p in parts]
+            raise ValueError(
+                f"{what} returned shapes {got} for a state of shapes "
+                f"{[tuple(s) for s in self.shapes]}; they must be equal. "
+                "Pass z0 of the right shape, or define initial_state(x) on the cell."
+            )
+        if any(p.device != self.device for p in parts):
+            raise ValueError(f"{what} returned a state on another device than {self.device}.")
+        return torch.cat([p.reshape(len(p), -1).to(self.dtype) for p in parts], 1)
+
+    def unpack(self, rows: Tensor) -> Any:
+        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
+        split = rows.split(self.sizes, 1)
+        parts = tuple(
+            p.reshape(s).to(d) for p, s, d in zip(split, self.shapes, self.dtypes, strict=True)
+        )
+        return parts if self.is_tuple else parts[0]
+
+    def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+        """``f`` on states as a map of rows."""
+        return lambda rows: self.pack(f(self.unpack(rows)))

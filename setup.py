@@ -1,0 +1,63 @@
+"""Builds the one extension ``fastdeq._C``. Everything else about the package is in pyproject.toml.
+
+FASTDEQ_NO_EXT=1   install without it; the plain PyTorch forms serve every operation
+CUDA sources join when torch has CUDA and nvcc is found.
+
+What was built, or why not, goes into ``fastdeq/_build.json`` for ``python -m fastdeq info``.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+HOW = "Install torch first and use --no-build-isolation, or set FASTDEQ_NO_EXT=1."
+
+
+def reason_to_skip() -> str:
+    if os.environ.get("FASTDEQ_NO_EXT", "0") not in ("", "0"):
+        return "it was left out by FASTDEQ_NO_EXT"
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        return f"no C++ compiler ({compiler!r}) was found when fastdeq was installed"
+    return ""
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / folder).glob(suffix))
+
+
+def extension_arguments() -> dict:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(f"fastdeq: torch is not importable in the build environment ({error}). {HOW}")
+
+    cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    files = ["csrc/module.cpp", *sources("cpu", "*.cpp")]
+    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", f"-DFASTDEQ_WITH_CUDA={int(cuda)}"]}
+    make = cpp_extension.CppExtension
+    if cuda:
+        make = cpp_extension.CUDAExtension
+        files += sources("cuda", "*.cu")
+        flags["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+    extension = make(
+        "fastdeq._C", files, include_dirs=[str(ROOT / "csrc")], extra_compile_args=flags
+    )
+    # A failed compilation stops the installation: a slower package must be asked for.
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    }
+
+
+skipped = reason_to_skip()
+if skipped:
+    print(f"fastdeq: installing without the compiled extension: {skipped}.", file=sys.stderr)
+(ROOT / "fastdeq" / "_build.json").write_text(json.dumps({"reason": skipped}) + "\n")
+setup(**({} if skipped else extension_arguments()))
