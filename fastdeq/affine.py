@@ -1,12 +1,14 @@
-"""The whole solve of an affine cell as one operator, in plain PyTorch: the form that every device has.
+"""The whole solve of an affine cell as one operator, in plain PyTorch.
 
-Forward  ``z = phi(W z + c)``;  adjoint  ``q = D (g + q W)`` with ``D = phi'(W z* + c)``. Both are the
-driver's loop around one product with W; input narrower than float32 is solved in float32.
+Forward  ``z = phi(W z + c)``;  adjoint  ``q = D (g + q W)`` with ``D = phi'(W z* + c)``. Both are
+the driver's loop around one product with W; input narrower than float32 is solved in float32. Every
+device has this form, and it is what a faster one is tested against.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +88,14 @@ def solve_affine_adjoint(
     return _outputs(solution, grad.dtype)
 
 
+_BODIES: dict[str, Callable[..., Outputs]] = {
+    "solve_affine": solve_affine,
+    "solve_affine_adjoint": solve_affine_adjoint,
+}
+for _name, _body in _BODIES.items():
+    torch.library.impl(f"fastdeq::{_name}", "CompositeExplicitAutograd")(_body)
+
+
 def _outputs(solution: Solution, dtype: torch.dtype) -> Outputs:
     counters = list(solution.rejects.values())
     rejects = (
@@ -96,12 +106,6 @@ def _outputs(solution: Solution, dtype: torch.dtype) -> Outputs:
     # An operator's outputs must not alias its inputs or each other.
     value = solution.value.to(dtype, copy=True)
     return value, solution.status, solution.iterations, solution.residual, rejects
-
-
-torch.library.impl("fastdeq::solve_affine", "CompositeExplicitAutograd")(solve_affine)
-torch.library.impl("fastdeq::solve_affine_adjoint", "CompositeExplicitAutograd")(
-    solve_affine_adjoint
-)
 
 
 def _fake(value: Tensor, solver: str, *inputs: Tensor) -> Outputs:
@@ -134,5 +138,4 @@ def chosen(name: str, backend: str, device: torch.device) -> Callable[..., Outpu
     anderson_mix = ops.implementation(backend, device)
     if backend == "auto":
         return getattr(torch.ops.fastdeq, name)  # type: ignore[no-any-return]
-    body = {"solve_affine": solve_affine, "solve_affine_adjoint": solve_affine_adjoint}[name]
-    return lambda *args: body(*args, anderson_mix=anderson_mix)
+    return functools.partial(_BODIES[name], anderson_mix=anderson_mix)

@@ -17,14 +17,17 @@ class Watch(TorchDispatchMode):
     Compiled functions run eagerly under a dispatch mode, so what they close over is seen as well.
     """
 
-    def __init__(self, known: Sequence[Tensor] = ()):
+    def __init__(self) -> None:
         super().__init__()
-        self._known = {id(t) for t in known}
         self._made: dict[int, Tensor] = {}
         self._seen: dict[int, Tensor] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor) and t.requires_grad and id(t) not in self._made:
@@ -39,8 +42,8 @@ class Watch(TorchDispatchMode):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What was closed over, ``known`` excluded, each once."""
-        return tuple(t for key, t in self._seen.items() if key not in self._known)
+        """What came from outside, each once."""
+        return tuple(self._seen.values())
 
 
 @contextlib.contextmanager
@@ -53,7 +56,6 @@ def cut_above(tensors: Sequence[Tensor]) -> Iterator[None]:
     handles = []
     for t in tensors:
         if t.grad_fn is not None:
-
             # Autograd reads its result before these hooks, and None costs nothing further up.
             def drop(grads: tuple[Tensor | None, ...], index: int = t.output_nr) -> Any:
                 return tuple(None if i == index else g for i, g in enumerate(grads))

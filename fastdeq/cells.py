@@ -17,7 +17,7 @@ class AffineCell(nn.Module):
     Args:
         in_features, features: sizes n of the input and d of the state, >= 1.
         activation: a name from ``fastdeq.ACTIVATIONS``.
-        weight: "dense", "orthogonal" or "symmetric", or a module whose ``forward()`` is W ``(d, d)``.
+        weight: "dense", "orthogonal", "symmetric", or a module whose ``forward()`` is W ``(d, d)``.
         scale: spectral radius of W in the limit of large d, for the three named families.
         bias: whether b is learned.
         device, dtype: of the parameters.
@@ -64,7 +64,7 @@ class AffineCell(nn.Module):
         Raises:
             ValueError: the weight module returns another shape.
         """
-        weight = self.weight()
+        weight: Tensor = self.weight()
         if weight.shape != (self.features, self.features):
             raise ValueError(
                 f"{type(self.weight).__name__} returned a weight of shape {tuple(weight.shape)}; "
@@ -80,6 +80,10 @@ class AffineCell(nn.Module):
         """
         self._check_input(x)
         return self.injection(x)  # type: ignore[no-any-return]
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        """The default start of a solve: zeros ``(B, features)``."""
+        return x.new_zeros(len(x), self.features)
 
     def structure(self) -> Structure:
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""

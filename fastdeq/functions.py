@@ -17,7 +17,7 @@ with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers loo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +59,21 @@ def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
 
 
 class FixedPoint(Function):
-    """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over."""
+    """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over.
+
+    ``graph`` holds a leaf at z* and f of it, where f was already evaluated under autograd.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: AdjointPlan, f: Map, z: Tensor, *theta: Tensor) -> Tensor:
-        ctx.plan, ctx.f = plan, f
+    def forward(
+        ctx: Any,
+        plan: AdjointPlan,
+        f: Map,
+        graph: tuple[Tensor, Tensor] | None,
+        z: Tensor,
+        *theta: Tensor,
+    ) -> Tensor:
+        ctx.plan, ctx.f, ctx.graph = plan, f, graph
         out = z.clone()
         ctx.save_for_backward(out, *theta)
         ctx.set_materialize_grads(False)
@@ -73,31 +83,40 @@ class FixedPoint(Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         z, *theta = ctx.saved_tensors
         if grad is None:
-            return (None,) * (3 + len(theta))
+            return (None,) * (4 + len(theta))
         differentiable = torch.is_grad_enabled()
-        at = z if differentiable else z.detach().requires_grad_()
-        with torch.enable_grad():
-            fz = ctx.f(at)
+        if ctx.graph is not None and not differentiable:
+            at, fz = ctx.graph
+        else:
+            # A derivative of this gradient needs f as a function of z*, which depends on theta.
+            at = z if differentiable else z.detach().requires_grad_()
+            with torch.enable_grad():
+                fz = ctx.f(at)
         u = _solve_adjoint(ctx.plan, fz, at, grad, theta if differentiable else None)
-        grads = [None] * len(theta)
+        grads: Sequence[Tensor | None] = [None] * len(theta)
         if fz.requires_grad and theta:
             with cut_above([at, *theta]):
-                grads = torch.autograd.grad(  # type: ignore[assignment]
+                grads = torch.autograd.grad(
                     fz, theta, u, retain_graph=True, create_graph=differentiable, allow_unused=True
                 )
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _solve_adjoint(
-    plan: AdjointPlan, fz: Tensor, at: Tensor, grad: Tensor, theta: list[Tensor] | None
+    plan: AdjointPlan, fz: Tensor, at: Tensor, grad: Tensor, theta: Sequence[Tensor] | None
 ) -> Tensor:
-    """``u = g + J^T u`` for ``J = dfz/dat``, rows ``(B, n)``; differentiable where theta is given."""
+    """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given."""
 
     def adjoint_map(u: Tensor) -> Tensor:
         products: tuple[Tensor | None, ...] = (None,)
         if fz.requires_grad:
             products = torch.autograd.grad(
-                fz, at, u, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+                fz,
+                at,
+                u,
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
             )
         # A map that does not depend on z has J = 0.
         return grad.clone() if products[0] is None else grad + products[0]
@@ -117,29 +136,33 @@ def _solve_adjoint(
     if theta is None:
         return u
     closed_over = [t for t in (grad, at, *theta) if t.requires_grad]
-    return FixedPoint.apply(plan.silent(), adjoint_map, u, *closed_over)  # type: ignore[no-any-return]
+    return FixedPoint.apply(  # type: ignore[no-any-return]
+        plan.silent(), adjoint_map, None, u, *closed_over
+    )
 
 
 def attach(plan: AdjointPlan, f: Map, z: Tensor) -> Tensor:
-    """z, a solution of ``z = f(z)`` as rows, with the implicit gradient of all that f closes over."""
-    z = z.detach()
-    with torch.no_grad(), Watch() as watch:
-        f(z)
-    if not watch.tensors:
-        return z
+    """z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes over."""
+    at = z.detach().requires_grad_()
+    with torch.enable_grad(), Watch() as watch:
+        fz = f(at)
+    theta = [t for t in watch.tensors if t is not at]
+    if not theta:
+        return z.detach()
+    known = frozenset(map(id, theta))
 
     def watched(z: Tensor) -> Tensor:
-        with Watch(known=(z, *watch.tensors)) as again:
+        with Watch() as again:
             fz = f(z)
-        if again.tensors:
-            shapes = ", ".join(str(tuple(t.shape)) for t in again.tensors)
+        new = [t for t in again.tensors if t is not z and id(t) not in known]
+        if new:
             raise RuntimeError(
-                f"the map used tensors of shapes {shapes} at the backward pass that it did not use "
-                "at the forward pass; it must be the same map at both."
+                f"the map used tensors of shapes {[tuple(t.shape) for t in new]} at the backward "
+                "pass that it did not use at the forward pass; it must be the same map at both."
             )
         return fz
 
-    return FixedPoint.apply(plan, watched, z, *watch.tensors)  # type: ignore[no-any-return]
+    return FixedPoint.apply(plan, watched, (at, fz), z.detach(), *theta)  # type: ignore[no-any-return]
 
 
 def one_step(f: Map, z: Tensor) -> Tensor:
@@ -183,7 +206,7 @@ class AffineFixedPoint(Function):
         if grad is None:
             return (None,) * 5
         weight, c, z, status = ctx.saved_tensors
-        failed = (status == Status.NONFINITE).unsqueeze(1)
+        failed = (status == int(Status.NONFINITE)).unsqueeze(1)
         dtype = affine.working_dtype(weight, c)
         w, at = weight.to(dtype), z.to(dtype)
         with torch.autocast(z.device.type, enabled=False):
@@ -202,8 +225,9 @@ class LinearSolve(Function):
         solve = affine.chosen("solve_affine_adjoint", plan.backend, grad.device)
         outputs = solve(weight, slope, grad, *affine.encode(plan.solver), plan.tol, plan.max_iter)
         value, status, iterations, residual, rejects = outputs
-        counters = dict(zip(plan.solver.rejects, rejects.unbind(1), strict=True))
-        plan.report(Solution(value, status, iterations, residual, counters))
+        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
+            counters = dict(zip(plan.solver.rejects, rejects.unbind(1), strict=True))
+            plan.report(Solution(value, status, iterations, residual, counters))
         q = _propagate_nonfinite(value, grad)
         ctx.plan = plan
         ctx.save_for_backward(weight, slope, grad, q)

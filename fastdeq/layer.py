@@ -94,7 +94,7 @@ class DEQLayer(nn.Module):
         gives a zero gradient, and its batch mates are solved as if it were absent.
 
         Args:
-            x: whatever the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
+            x: what the cell takes, or the first of it; for an :class:`AffineCell` ``(B, in_features)``.
             z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
                 that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
         """
@@ -187,7 +187,7 @@ def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solut
 
     marked = Solution(
         each(solution.value),
-        torch.where(bad, Status.NONFINITE, solution.status).to(torch.int8),
+        torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
         torch.where(bad, 0, solution.iterations),
         torch.where(bad, torch.inf, solution.residual),
         solution.rejects,

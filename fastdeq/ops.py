@@ -76,7 +76,7 @@ def triton_missing() -> str:
 def _triton_anderson_mix(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.anderson_mix import anderson_mix  # importing triton is slow: only when used
 
-    return anderson_mix(*args)
+    return anderson_mix(*args)  # type: ignore[no-any-return]
 
 
 if not extension.has_cuda and not triton_missing():

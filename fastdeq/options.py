@@ -57,7 +57,7 @@ class Options:
     @staticmethod
     def _check_tolerance(name: str, value: object) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not (math.isfinite(value) and value >= 0):  # type: ignore[arg-type]
+        if not number or not 0 <= value < math.inf:  # type: ignore[operator]
             raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
 
     @staticmethod

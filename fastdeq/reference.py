@@ -62,7 +62,8 @@ def anderson_mix(
         ``z (B, n)``; the number of dropped columns ``(B,)`` int32; whether the weights were
         rejected ``(B,)`` bool. A sample with NaN in its history affects no other.
 
-    Source: D. G. Anderson, J. ACM 12 (1965) 547; Walker and Ni, SIAM J. Numer. Anal. 49 (2011) 1715.
+    Source: D. G. Anderson, J. ACM 12 (1965) 547; H. Walker and P. Ni, SIAM J. Numer. Anal. 49
+    (2011) 1715.
     """
     slots = f_history.shape[1]
     f, g = f_history[:, slot], g_history[:, slot]
@@ -73,9 +74,7 @@ def anderson_mix(
     newest_first = [(slot - age) % slots for age in range(1, slots)]
     age = torch.arange(1, slots, device=count.device)
     valid = age <= count.unsqueeze(1)
-    gamma, dropped = _solve_small(
-        gram, slot, newest_first, valid, regularization, rank_tolerance
-    )
+    gamma, dropped = _solve_small(gram, slot, newest_first, valid, regularization, rank_tolerance)
     # Written so that a NaN sum counts as rejected.
     rejected = ~(gamma.abs().sum(1) <= max_weight)
     gamma = torch.where(rejected.unsqueeze(1) | (gamma == 0), 0.0, gamma).to(f.dtype)
@@ -97,7 +96,7 @@ def _solve_small(
     regularization: float,
     rank_tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """gamma ``(B, m - 1)`` in the order ``newest_first``, and how many valid columns were dropped."""
+    """gamma ``(B, m - 1)``, ordered as ``newest_first``, and the number of columns dropped."""
     diagonal = gram[:, slot, slot]
     to_newest = gram[:, slot, newest_first]
     pairs = gram[:, newest_first][:, :, newest_first]

@@ -21,7 +21,7 @@ class Status(enum.IntEnum):
     NONFINITE = 3  #: the cell returned NaN or infinity for this sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """Result of a fixed-point or linear solve of a batch of B samples.
 
@@ -45,12 +45,12 @@ class Solution:
     @property
     def converged(self) -> Tensor:
         """``(B,)`` bool: which samples met the tolerance."""
-        return self.status == Status.CONVERGED
+        return self.status == int(Status.CONVERGED)
 
     @property
     def nonfinite(self) -> Tensor:
         """``(B,)`` bool: which samples ended NONFINITE."""
-        return self.status == Status.NONFINITE
+        return self.status == int(Status.NONFINITE)
 
     def with_value(self, value: Any) -> Solution:
         """The same solution with its value in another form."""
@@ -59,7 +59,7 @@ class Solution:
     def summary(self) -> str:
         """One line for people: counts per status, iterations and the worst residual."""
         if self.status.numel() == 0:
-            return "no samples"
+            return "0 samples"
         counts = ", ".join(
             f"{int((self.status == s).sum())} {s.name}" for s in Status if (self.status == s).any()
         )
@@ -67,6 +67,9 @@ class Solution:
             f"{self.status.numel()} samples: {counts}; iterations {int(self.iterations.min())} to "
             f"{int(self.iterations.max())}; worst residual {float(self.residual.max()):.1e}"
         )
+
+    def __repr__(self) -> str:
+        return f"Solution({self.summary()})"
 
 
 class ConvergenceError(RuntimeError):

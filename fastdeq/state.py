@@ -1,7 +1,8 @@
-"""The state of a general cell, a tensor or a tuple of tensors, as rows ``(B, n)`` for the solvers."""
+"""The state of a general cell, a tensor or a tuple of tensors, as rows ``(B, n)``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,12 +38,12 @@ class Packing:
             raise ValueError(f"the parts of the state differ in batch size or device: {seen}.")
         self.shapes = [p.shape for p in parts]
         self.dtypes = [p.dtype for p in parts]
-        self.sizes = [p[0].numel() if len(p) else p.flatten(1).shape[1] for p in parts]
+        self.sizes = [math.prod(s[1:]) for s in self.shapes]
         self.device = parts[0].device
         self.dtype = working_dtype(*parts)
 
     def pack(self, state: Any, what: str = "the cell") -> Tensor:
-        """Rows ``(B, n)``; raises unless ``state`` matches the example in kind, shape and device."""
+        """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
         parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
         if not all(isinstance(p, Tensor) for p in parts):
             kinds = ", ".join(type(p).__name__ for p in parts)
@@ -56,7 +57,8 @@ class Packing:
             )
         if any(p.device != self.device for p in parts):
             raise ValueError(f"{what} returned a state on another device than {self.device}.")
-        return torch.cat([p.reshape(len(p), -1).to(self.dtype) for p in parts], 1)
+        rows = [p.reshape(len(p), n).to(self.dtype) for p, n in zip(parts, self.sizes, strict=True)]
+        return torch.cat(rows, 1)
 
     def unpack(self, rows: Tensor) -> Any:
         """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""

@@ -93,7 +93,8 @@ def orthogonal_factor(raw: Tensor) -> Tensor:
     with torch.autocast(raw.device.type, enabled=False):
         q, r = torch.linalg.qr(wide)
         sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-        return (q * sign).to(raw.dtype)
+        factor: Tensor = (q * sign).to(raw.dtype)
+        return factor
 
 
 class Orthogonal(_Structured):

@@ -3,11 +3,9 @@
 //   f_history, g_history (B, m, n)   gram (B, m, m) float64   count (B,) int32
 //
 // Samples go to threads. Per sample: one pass over g (m n reads, 2 m n operations) for the row, and
-// one over f (m n reads, 3 m n operations; over g again where damping < 1) for the mixing, so memory
-// traffic sets the time. Inner products are accumulated in float64: the differences of the Gram
-// matrix cancel. Specification: fastdeq/reference.py, anderson_mix.
-
-#include "anderson.h"
+// one over f (m n reads, 3 m n operations; over g again where damping < 1) for the mixing, so
+// memory traffic sets the time. Inner products are accumulated in float64: the differences of the
+// Gram matrix cancel. Specification: fastdeq/reference.py, anderson_mix.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,6 +15,9 @@
 
 #include <tuple>
 #include <vector>
+
+#include "anderson.h"
+#include "anderson_check.h"
 
 namespace fastdeq {
 namespace {
@@ -59,30 +60,11 @@ void mix_sample(const scalar_t* f, const scalar_t* g, int64_t slots, int64_t slo
   }
 }
 
-void check(const at::Tensor& f_history, const at::Tensor& g_history, const at::Tensor& gram,
-           const at::Tensor& count, int64_t slot) {
-  TORCH_CHECK(f_history.dim() == 3 && f_history.sizes() == g_history.sizes(),
-              "anderson_mix: f_history and g_history must both be (B, m, n), got ",
-              f_history.sizes(), " and ", g_history.sizes());
-  const int64_t batch = f_history.size(0), slots = f_history.size(1);
-  TORCH_CHECK(gram.sizes() == at::IntArrayRef({batch, slots, slots}) &&
-                  gram.scalar_type() == at::kDouble,
-              "anderson_mix: gram must be float64 (", batch, ", ", slots, ", ", slots, "), got ",
-              gram.scalar_type(), " ", gram.sizes());
-  TORCH_CHECK(count.sizes() == at::IntArrayRef({batch}) && count.scalar_type() == at::kInt,
-              "anderson_mix: count must be int32 (", batch, ",), got ", count.scalar_type(), " ",
-              count.sizes());
-  TORCH_CHECK(f_history.scalar_type() == g_history.scalar_type(),
-              "anderson_mix: f_history and g_history differ in dtype");
-  TORCH_CHECK(slot >= 0 && slot < slots, "anderson_mix: slot ", slot, " is not in [0, ", slots,
-              ")");
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> anderson_mix(
     const at::Tensor& f_history, const at::Tensor& g_history, at::Tensor& gram,
     const at::Tensor& count, int64_t slot, double damping, double regularization,
     double rank_tolerance, double max_weight) {
-  check(f_history, g_history, gram, count, slot);
+  check_anderson_mix(f_history, g_history, gram, count, slot);
   const at::Tensor f = f_history.contiguous(), g = g_history.contiguous();
   const at::Tensor valid = count.contiguous();
   const int64_t batch = f.size(0), slots = f.size(1), n = f.size(2);

@@ -55,14 +55,14 @@ class Anderson:
 
     window: int = 5
     damping: float = 1.0
-    regularization: float = 1e-10
-    rank_tolerance: float = 1e-9
-    max_weight: float = 1e4
+    regularization: float = 1e-12
+    rank_tolerance: float = 1e-10
+    max_weight: float = 1e8
     safeguard: float = 2.0
 
     name: ClassVar[str] = "anderson"
     linear: ClassVar[bool] = False
-    patience: ClassVar[int] = 30
+    patience: ClassVar[int] = 50
     rejects: ClassVar[tuple[str, ...]] = ("safeguard", "weight_cap", "rank_cut")
 
     def __post_init__(self) -> None:
@@ -99,7 +99,9 @@ class Anderson:
             rank_cut=zeros.clone(),
         )
 
-    def step(self, state: _State, point: Tensor, value: Tensor, norm: Tensor, running: Tensor) -> Step:
+    def step(
+        self, state: _State, point: Tensor, value: Tensor, norm: Tensor, running: Tensor
+    ) -> Step:
         finite = norm.isfinite()
         # NaN compares false: "not (norm <= limit)" takes a non-finite step back as well.
         back = state.accelerated & ~(norm <= self.safeguard * state.trusted_norm)

@@ -1,11 +1,13 @@
 """Restarted GMRES for the adjoint, batched: one Krylov space per sample.
 
-The map is affine, ``f(u) = b + J u``; the system is ``A u = b`` with ``A v = v - J v = v - (f(v) - b)``.
+The map is affine, ``f(u) = b + J u``; the system is ``A u = b``, ``A v = v - J v = v - (f(v) - b)``.
 Each evaluation is one product with J, so no product is spent on anything but the Krylov space and
 one verification per cycle.
 
-    V (B, m+1, n)  orthonormal basis          H (B, m+1, m) float64  upper Hessenberg, A V_m = V_{m+1} H
-    beta = |r_0|   residual at cycle start    y argmin |beta e_1 - H y|, u = u_0 + V_m y
+    V (B, m+1, n)  orthonormal basis
+    H (B, m+1, m)  float64, upper Hessenberg, A V_m = V_{m+1} H
+    beta = |r_0|   residual at the start of a cycle
+    y              argmin |beta e_1 - H y|, and u = u_0 + V_m y
 
 The residual norm inside a cycle costs O(m) per step: the left null vector l of H (l_0 = 1,
 ``l_{j+1} = -sum_i l_i H_ij / H_{j+1,j}``) gives ``|r_j| = beta / |l_{0..j}|``, because the residual
@@ -33,7 +35,8 @@ class _State:
     beta: Tensor  # (B,) float64
     step: Tensor  # (B,) int64: columns done in this cycle; -1: the point is an iterate
     start: Tensor  # (B, n): u_0 of the cycle
-    offset: Tensor | None  # (B, n): b, the value at zero
+    offset: Tensor  # (B, n): b, the value at zero, once the first step has seen it
+    fresh: bool
     scale: Tensor  # (B, 1): |b|; directions are evaluated at this length, b being added to them
     tol: float
     updates_left: int
@@ -65,15 +68,16 @@ class GMRES:
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         batch, size = point.shape
-        wide = {"dtype": torch.float64}
+        wide = torch.float64
         return _State(
             basis=point.new_zeros(batch, self.restart + 1, size),
-            hessenberg=point.new_zeros(batch, self.restart + 1, self.restart, **wide),
-            null=point.new_zeros(batch, self.restart + 1, **wide),
-            beta=point.new_zeros(batch, **wide),
+            hessenberg=point.new_zeros(batch, self.restart + 1, self.restart, dtype=wide),
+            null=point.new_zeros(batch, self.restart + 1, dtype=wide),
+            beta=point.new_zeros(batch, dtype=wide),
             step=torch.full((batch,), -1, device=point.device),
             start=point,
-            offset=None,
+            offset=point,
+            fresh=True,
             scale=point.new_ones(batch, 1),
             tol=problem.tol,
             updates_left=problem.max_iter,
@@ -83,13 +87,15 @@ class GMRES:
     def step(
         self, state: _State, point: Tensor, value: Tensor, norm: Tensor, running: Tensor
     ) -> Step:
-        if state.offset is None:
-            state.offset = value
+        if state.fresh:
+            state.fresh, state.offset = False, value
             length = value.norm(dim=1, keepdim=True)
             state.scale = torch.where(length > 0, length, 1.0)
         opening = state.step < 0
-        self._extend(state, point, value)
-        self._open(state, opening, point, value, norm)
+        if not bool(opening.all()):
+            self._extend(state, point, value)
+        if bool(opening.any()):
+            self._open(state, opening, point, value, norm)
         state.used = min(state.used + 1, self.restart)
 
         # The residual must fall below tol * |f(u)|; |b| and |u_0| stand in for |f(u)|, unknown yet.
@@ -112,27 +118,26 @@ class GMRES:
         self, state: _State, opening: Tensor, point: Tensor, value: Tensor, norm: Tensor
     ) -> None:
         """Starts a cycle for the samples whose point was an iterate."""
-        column = opening.unsqueeze(1)
-        first = (value - point) / torch.where(norm > 0, norm, 1.0).unsqueeze(1)
-        state.basis = torch.where(column.unsqueeze(2), 0.0, state.basis)
-        state.basis[:, 0] = torch.where(column, first, state.basis[:, 0])
-        state.hessenberg = torch.where(column.unsqueeze(2), 0.0, state.hessenberg)
-        state.null = torch.where(column, 0.0, state.null)
-        state.null[:, 0] = 1.0
-        state.beta = torch.where(opening, norm.double(), state.beta)
-        state.start = torch.where(column, point, state.start)
+        r, length = (value - point)[opening], norm[opening]
+        state.basis[opening] = 0
+        state.basis[opening, 0] = r / torch.where(length > 0, length, 1.0).unsqueeze(1)
+        state.hessenberg[opening] = 0
+        state.null[opening] = 0
+        state.null[opening, 0] = 1
+        state.beta[opening] = length.double()
+        state.start = torch.where(opening.unsqueeze(1), point, state.start)
         state.step = torch.where(opening, 0, state.step)
 
     def _extend(self, state: _State, point: Tensor, value: Tensor) -> None:
-        """Adds one Arnoldi column; samples at an iterate are overwritten by ``_open`` afterwards."""
+        """Adds one Arnoldi column; ``_open`` overwrites it for samples that were at an iterate."""
         rows = torch.arange(len(point), device=point.device)
         at = state.step.clamp(min=0, max=self.restart - 1)
         basis = state.basis[:, : state.used + 1]  # columns beyond a sample's own step are zero
         w = (point - (value - state.offset)) / state.scale
         column = w.new_zeros(len(point), state.used + 1)
         for _ in range(2):  # classical Gram-Schmidt twice: orthogonal to machine precision
-            projection = torch.einsum("bmn,bn->bm", basis, w)
-            w = w - torch.einsum("bm,bmn->bn", projection, basis)
+            projection = torch.bmm(basis, w.unsqueeze(2)).squeeze(2)
+            w = w - torch.bmm(projection.unsqueeze(1), basis).squeeze(1)
             column = column + projection
         length = w.norm(dim=1)
         # A length at the rounding floor is an invariant subspace: the iterate is exact.
@@ -161,9 +166,8 @@ class GMRES:
         r = r + torch.diag_embed(torch.where(singular, 1.0 - diagonal, 0.0))
         y = torch.linalg.solve_triangular(r, rhs.unsqueeze(2), upper=True).squeeze(2)
         y = torch.where(unused, 0.0, y).to(state.basis.dtype)
-        return state.start[leaving] + torch.einsum(
-            "bm,bmn->bn", y, state.basis[leaving][:, : self.restart]
-        )
+        basis = state.basis[leaving][:, : self.restart]
+        return state.start[leaving] + torch.bmm(y.unsqueeze(1), basis).squeeze(1)
 
     def counters(self, state: _State) -> tuple[Tensor, ...]:
         return ()

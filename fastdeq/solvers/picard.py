@@ -12,13 +12,13 @@ from .base import Problem, Step, Structure, check_range
 
 @dataclass(frozen=True)
 class Picard:
-    """``z <- z + damping * (f(z) - z)``; ``damping`` in (0, 1]. Converges linearly on contractions."""
+    """``z <- z + damping * (f(z) - z)``, ``damping`` in (0, 1]; linear on contractions."""
 
     damping: float = 1.0
 
     name: ClassVar[str] = "picard"
     linear: ClassVar[bool] = False
-    patience: ClassVar[int] = 30
+    patience: ClassVar[int] = 50
     rejects: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -30,7 +30,9 @@ class Picard:
     def init(self, point: Tensor, problem: Problem) -> None:
         return None
 
-    def step(self, state: None, point: Tensor, value: Tensor, norm: Tensor, running: Tensor) -> Step:
+    def step(
+        self, state: None, point: Tensor, value: Tensor, norm: Tensor, running: Tensor
+    ) -> Step:
         following = value if self.damping == 1.0 else point + self.damping * (value - point)
         return Step(following, None, ~norm.isfinite())
 

@@ -1,0 +1,17 @@
+"""Shared fixtures. Random input is fresh for every test: seeded by the test's own name."""
+
+import zlib
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The problems here are small: a second thread costs more than it brings."""
+    torch.set_num_threads(1)

@@ -1,0 +1,76 @@
+"""``python -m fastdeq info``, and the package without its extension."""
+
+import subprocess
+import sys
+
+import torch
+
+import fastdeq
+from fastdeq import extension, info
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_info_says_what_is_true_here():
+    done = run("-m", "fastdeq", "info")
+    assert done.returncode == 0, done.stderr
+    lines = {line[:18].strip(): line[19:] for line in done.stdout.splitlines() if line}
+    assert lines["fastdeq"] == fastdeq.__version__
+    assert lines["torch"] == torch.__version__
+    assert ("loaded" in lines["extension"]) == (extension.module is not None)
+    assert ("unavailable" in lines['backend="cpp"']) == (extension.module is None)
+    if not torch.cuda.is_available():
+        assert lines["GPU"].startswith("none")
+        assert "unavailable" in lines['backend="triton"']
+        assert "unavailable" in lines['backend="cuda"']
+    served = next(line for line in done.stdout.splitlines() if line.startswith("anderson_mix"))
+    assert served.split()[1] == ("cpp" if extension.module else "reference")
+
+
+def test_unknown_command_lists_the_known_ones():
+    done = run("-m", "fastdeq", "inform")
+    assert done.returncode == 2
+    assert "info" in done.stderr
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["fastdeq._C"] = None
+import torch, fastdeq
+from fastdeq import info, ops
+assert "missing" in info.report(), info.report()
+assert ops.serving("cpu") == "reference"
+layer = fastdeq.DEQLayer(fastdeq.AffineCell(4, 6, scale=0.8), solver="anderson")
+layer(torch.randn(3, 4)).sum().backward()
+assert layer.last_solution.converged.all()
+try:
+    fastdeq.DEQLayer(layer.cell, backend="cpp")(torch.randn(3, 4))
+except fastdeq.BackendError as error:
+    assert "extension is missing" in str(error), error
+    print("calm")
+"""
+
+
+def test_package_works_without_its_extension():
+    done = run("-c", WITHOUT_EXTENSION)
+    assert done.stdout.strip() == "calm", done.stderr
+
+
+def test_import_pulls_in_nothing_optional():
+    code = (
+        "import sys, fastdeq; bad = {'triton', 'sklearn', 'matplotlib', 'rich', 'torchdeq', "
+        "'fastdeq.study'} & set(sys.modules); print(sorted(bad))"
+    )
+    before = run("-c", "import sys, torch; print(sorted({'triton', 'rich'} & set(sys.modules)))")
+    assert run("-c", code).stdout == before.stdout
+
+
+def test_report_names_the_mismatch_of_versions(monkeypatch):
+    monkeypatch.setattr(extension, "module", object())
+    built = {"compiler": "gcc", "torch": "2.11.0", "cuda": "no"}
+    monkeypatch.setattr(extension, "build_info", built)
+    assert "built against torch 2.11.0 but running" in info.report()
