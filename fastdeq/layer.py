@@ -94,7 +94,8 @@ class DEQLayer(nn.Module):
         gives a zero gradient, and its batch mates are solved as if it were absent.
 
         Args:
-            x: what the cell takes, or the first of it; for an :class:`AffineCell` ``(B, in_features)``.
+            x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
+            context: further arguments of a general cell.
             z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
                 that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
         """

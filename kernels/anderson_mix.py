@@ -18,17 +18,16 @@ The small system is a (P, P) float64 tile in registers.
 
 Bytes per sample: at most ``2 m n s`` read (g, then f), ``n s`` to read g_k again and ``n s``
 written; with beta < 1 another ``p n s``, g in step 3. What step 3 reads of g is often still in a
-cache. The Gram matrix adds ``8 (p^2 + p)`` read and ``8 (2 m - 1)`` written. Operations per sample:
-``2 m n`` in float64 for the row; ``3 p n`` (``6 p n`` with beta < 1) in the dtype of f for the mixing;
-about ``4 p P^2`` in float64 for the solve. For m = 6 in float32 the loops do 0.2 float64 operations
-per byte, so memory traffic should set the time once there are enough samples to fill the GPU. With
-few samples of large n most of the GPU idles: the work of one sample is not split.
+cache. The Gram matrix adds ``8 (p^2 + p)`` read and ``8 (2 m - 1)`` written.
+
+Operations per sample: ``2 m n`` in float64 for the row; ``3 p n`` (``6 p n`` with beta < 1) in the
+dtype of f for the mixing; about ``4 p P^2`` in float64 for the solve. For m = 6 in float32 the row
+adds 0.2 float64 operations to each byte moved, so memory traffic should set the time once there are
+enough samples to fill the GPU. With few samples of large n most of it idles: a sample is not split.
 
 Compared with fastdeq/reference.py, anderson_mix, by Triton's interpreter on a CPU; compiled for
 sm_80 and sm_90. No GPU has run it yet: tile sizes and warp counts are choices, not measurements.
 """
-
-# ruff: noqa: N803 - constexpr parameters keep Triton's capitals
 
 from __future__ import annotations
 

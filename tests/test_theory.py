@@ -34,7 +34,8 @@ def moments() -> dict[tuple[str, int], float]:
     result = dict.fromkeys(itertools.product(WEIGHTS, MOMENTS), 0.0)
     for name, family in WEIGHTS.items():
         for _ in range(DRAWS):
-            inverse = torch.linalg.inv(eye - family(FEATURES, SCALE, dtype=torch.float64)().detach())
+            weight = family(FEATURES, SCALE, dtype=torch.float64)().detach()
+            inverse = torch.linalg.inv(eye - weight)
             for power, factor in ((1, inverse), (2, inverse @ inverse.T)):
                 result[name, power] += float(factor.square().sum()) / FEATURES / DRAWS
     return result

@@ -1,8 +1,8 @@
 """What a solver is: a small immutable object with ``init`` and ``step``.
 
 A solver sees rows ``(B, n)`` and never a device, a cell or autograd. ``driver.solve`` evaluates the
-map at the points that the solver asks for, keeps the best verified iterate of every sample, and stops
-samples one by one.
+map at the points that the solver asks for, keeps the best verified iterate of every sample, and
+stops samples one by one.
 """
 
 from __future__ import annotations

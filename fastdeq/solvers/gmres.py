@@ -1,7 +1,7 @@
 """Restarted GMRES for the adjoint, batched: one Krylov space per sample.
 
-The map is affine, ``f(u) = b + J u``; the system is ``A u = b``, ``A v = v - J v = v - (f(v) - b)``.
-Each evaluation is one product with J, so no product is spent on anything but the Krylov space and
+The map is affine, ``f(u) = b + J u``; the system is ``A u = b`` with ``A v = v - (f(v) - b)``. Each
+evaluation is one product with J, so no product is spent on anything but the Krylov space and
 one verification per cycle.
 
     V (B, m+1, n)  orthonormal basis

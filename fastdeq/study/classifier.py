@@ -1,0 +1,49 @@
+"""A classifier with one DEQ layer and a linear head. No numerics of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..cells import AffineCell
+from ..layer import DEQLayer
+from ..weights import WEIGHTS, make_weight
+
+
+class DEQClassifier(nn.Module):
+    """``logits = V z* + a`` with ``z* = tanh(W z* + U x + b)``.
+
+    Args:
+        in_features, features, classes: sizes of x, of the state z and of the output.
+        weight: "dense", "orthogonal" or "symmetric".
+        scale: spectral radius of W at initialisation, in the limit of large ``features``.
+        parametrized: whether W keeps its structure in training (:class:`fastdeq.Orthogonal`).
+        options: of :class:`fastdeq.DEQLayer`, e.g. ``tol``, ``max_iter``, ``on_failure``.
+
+    Raises:
+        ValueError, TypeError: as :class:`fastdeq.AffineCell` and :class:`fastdeq.DEQLayer` do.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        classes: int,
+        *,
+        weight: str,
+        scale: float,
+        parametrized: bool = True,
+        **options: Any,
+    ):
+        super().__init__()
+        recurrent = make_weight(weight, features, scale, None, None)
+        if not parametrized and weight != "dense":
+            recurrent = WEIGHTS[weight](features, scale, parametrized=False)
+        cell = AffineCell(in_features, features, activation="tanh", weight=recurrent)
+        self.layer = DEQLayer(cell, **options)
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` for x ``(B, in_features)``."""
+        return self.head(self.layer(x))

@@ -1,0 +1,181 @@
+"""The GPU kernels compile for sm_80 and sm_90 without spilling; no GPU is needed, and none is used.
+
+A spilled register turns arithmetic into memory traffic, so a spill is a failure here. Both parts
+first show that they would see one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = [80, 90]
+# What every block may use without asking the driver for more.
+SHARED_LIMIT = 48 * 1024
+
+
+def why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 replaces the compiler"
+    return ""
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+needs_triton = pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton() or "triton is here")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+
+
+@pytest.fixture
+def compile_mix(tmp_path, monkeypatch):
+    """Compiles the Triton anderson_mix for one architecture, as its launcher would."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastdeq.kernels.anderson_mix import anderson_mix_kernel, tile_shape
+
+    pointers = {"gram_ptr": "*fp64", "count_ptr": "*i32", "dropped_ptr": "*i32"}
+    pointers["rejected_ptr"] = "*i1"
+    options = ("undamped", "regularization", "rank_tolerance", "max_weight")
+
+    def run(arch, dtype, slots, size, *, damped=True, strided=False, **more):
+        columns, block, warps = tile_shape(slots, size)
+        constants = {"DAMPED": damped, "COLUMNS": columns, "BLOCK": block}
+        aligned = []
+        if not strided:  # contiguous and aligned, as the solver stores its history
+            ones = ("f_stride_entry", "g_stride_entry", "gram_stride_column", "count_stride")
+            constants |= dict.fromkeys(ones, 1)
+            aligned = ["size", "f_stride_slot", "f_stride_batch", "g_stride_slot", "g_stride_batch"]
+            aligned += [name for name in anderson_mix_kernel.arg_names if name.endswith("_ptr")]
+        signature = {}
+        for name in anderson_mix_kernel.arg_names:
+            if name in constants:
+                signature[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                signature[name] = pointers.get(name, f"*{dtype}")
+            elif name in options:
+                signature[name] = "fp64"
+            else:  # a stride that does not fit 32 bits arrives with 64
+                signature[name] = "i64" if strided and "stride" in name else "i32"
+        index = anderson_mix_kernel.arg_names.index
+        source = ASTSource(
+            anderson_mix_kernel,
+            signature,
+            constants,
+            {(index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        launch = {"num_warps": warps, "enable_fp_fusion": True, **more}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
+
+    return run
+
+
+def triton_resources(kernel, folder: Path) -> dict[str, int]:
+    """Registers per thread and bytes of stack, from the cubin itself. Spills live on the stack."""
+    import triton
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    report = subprocess.run(
+        [tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)
+    assert len(found) == 3, report
+    return {name: int(value) for name, value in found}
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"slots": 2, "size": 64},
+        {"slots": 6, "size": 1024},
+        {"slots": 6, "size": 1024, "damped": False},
+        {"slots": 6, "size": 1000, "strided": True},
+        {"slots": 33, "size": 1024},
+        {"slots": 65, "size": 4096},
+    ],
+    ids=lambda shape: "-".join(f"{key}={value}" for key, value in shape.items()),
+)
+def test_triton_anderson_mix_fits_the_registers(compile_mix, tmp_path, shape, dtype, arch):
+    kernel = compile_mix(arch, dtype, **shape)
+    assert kernel.asm["cubin"]
+    assert kernel.metadata.shared <= SHARED_LIMIT
+    resources = triton_resources(kernel, tmp_path)
+    print(f"shared {kernel.metadata.shared}", resources)
+    assert resources["STACK"] == resources["LOCAL"] == 0
+
+
+@needs_triton
+def test_a_spilling_triton_kernel_is_noticed(compile_mix, tmp_path):
+    kernel = compile_mix(90, "fp32", slots=6, size=1024, maxnreg=32)
+    assert triton_resources(kernel, tmp_path)["STACK"] > 0
+
+
+@needs_triton
+def test_options_of_the_triton_kernel_arrive_in_double_precision():
+    from fastdeq.kernels.anderson_mix import anderson_mix_kernel
+
+    types = {p.name: p.annotation_type for p in anderson_mix_kernel.params if p.annotation_type}
+    names = ("undamped", "regularization", "rank_tolerance", "max_weight")
+    assert types == dict.fromkeys(names, "fp64")
+
+
+def ptxas_spills(report: str) -> dict[str, int]:
+    """Bytes of stack and spills of each kernel in a report of ``ptxas -v``."""
+    found = re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads",
+        report,
+    )
+    return {name: sum(map(int, numbers)) for name, *numbers in found}
+
+
+def test_a_spill_in_a_report_of_ptxas_is_noticed():
+    line = "ptxas info    : Function properties for kernel\n    {} bytes stack frame, "
+    line += "{} bytes spill stores, {} bytes spill loads\n"
+    assert ptxas_spills(line.format(0, 0, 0)) == {"kernel": 0}
+    assert ptxas_spills(line.format(8, 4, 12)) == {"kernel": 24}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_cuda_sources_fit_the_registers(tmp_path, source, arch):
+    """``-cubin`` leaves the host compiler out, but nvcc still checks the host code's types."""
+    include = Path(torch.__file__).parent / "include"
+    command = [
+        *(find_nvcc(), "-cubin", "-O3", "-std=c++20", "--expt-relaxed-constexpr"),
+        # The headers of a torch without CUDA lack one generated file.
+        "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
+        *("-isystem", include, "-isystem", include / "torch/csrc/api/include"),
+        *("-I", ROOT / "csrc", f"-gencode=arch=compute_{arch},code=sm_{arch}"),
+        *("-Xptxas", "-v", source, "-o", tmp_path / "kernel.cubin"),
+    ]
+    result = subprocess.run(
+        [str(part) for part in command], check=False, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    spills = ptxas_spills(result.stderr)
+    print(re.findall(r"Used \d+ registers", result.stderr))
+    assert spills, result.stderr
+    assert not any(spills.values()), spills
