@@ -43,8 +43,9 @@ FASTDEQ_HOST_DEVICE inline int64_t slot_of(int64_t newest, int64_t age, int64_t 
 // gram is addressed as gram[i * stride0 + j * stride1].
 FASTDEQ_HOST_DEVICE inline AndersonOutcome solve_small(const double* gram, int64_t stride0,
                                                        int64_t stride1, int64_t slots, int64_t slot,
-                                                       int64_t count, const AndersonOptions& options,
-                                                       double* work, double* gamma) {
+                                                       int64_t count,
+                                                       const AndersonOptions& options, double* work,
+                                                       double* gamma) {
   const int64_t p = slots - 1;
   const auto g = [&](int64_t i, int64_t j) { return gram[i * stride0 + j * stride1]; };
   const double newest = g(slot, slot);

@@ -8,7 +8,6 @@
 #include <map>
 #include <string>
 
-
 namespace {
 
 std::map<std::string, std::string> build_info() {

@@ -141,7 +141,7 @@ class DEQLayer(nn.Module):
         )
 
     def _structure(self) -> Structure:
-        return self.cell.structure() if hasattr(self.cell, "structure") else Structure()
+        return self.cell.structure() if isinstance(self.cell, AffineCell) else Structure()
 
     def _start(self, x: Any) -> Any:
         if hasattr(self.cell, "initial_state"):

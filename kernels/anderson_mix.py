@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A (64, 64) float64 tile is what the registers of 8 warps hold without spilling.
+# A (64, 64) float64 tile is the most that 16 warps hold without spilling, for a contiguous history.
 MAX_SLOTS = 65
 
 
@@ -180,7 +180,7 @@ def tile_shape(slots: int, size: int) -> tuple[int, int, int]:
     multiprocessor, so that one can wait in its solve while others load.
     """
     columns = max(1, triton.next_power_of_2(slots - 1))
-    warps = 4 if columns <= 8 else 8
+    warps = 4 if columns <= 8 else 8 if columns <= 32 else 16
     block = min(1024, 256 * warps // columns, triton.next_power_of_2(size))
     return columns, max(32, block), warps
 

@@ -1,28 +1,28 @@
-// Anderson mix on the GPU: one row of the Gram matrix, the small solve and the mixing in one
-// launch.
+// Anderson mix on the GPU: a row of the Gram matrix, the small solve and the mixing in one launch.
 //
 //   f_history, g_history (B, m, n)   gram (B, m, m) float64   count (B,) int32
 //   g = f(z) - z; k the newest of m slots; p = m - 1; s bytes per element; beta the damping
 //   z = f_k - sum gamma_i (f_k - f_i) - (1 - beta) (g_k - sum gamma_i (g_k - g_i))
 //
 // One block per sample, of at most 256 threads, fewer where n is small.
-//   1. Row: threads run over n, kTile slots at a time, so that g_k is read once per tile. Sums are
-//      float64, because the differences of the Gram matrix cancel; warp shuffles, then shared
-//      memory.
+//   1. Row: threads run over n, kTile slots at a time, so that g_k is read once per tile. The sums
+//      are float64, because the differences of the Gram matrix cancel; warp shuffles add them up.
 //   2. Solve: thread 0, by solve_small on a copy of the Gram matrix in shared memory. It packs the
 //      slots of nonzero weight, so that step 3 reads no others.
 //   3. Mixing: threads run over n; each element of z is written once.
-// All reads along n are coalesced, one element to a thread.
+// All reads along n are coalesced, one element to a thread. A history that is not contiguous is
+// copied first.
 //
-// Bytes per sample: n s (m + ceil(m / kTile)) read for the row, 2 n s and p n s for the mixing
-// (with beta < 1 another p n s, of g), n s written; reading g again often hits a cache. The Gram
-// matrix adds 8 m^2 read and 8 (2 m - 1) written. Operations: 2 m n in float64 for the row; 3 p n
-// (6 p n with beta < 1) in the dtype of f for the mixing. The solve is about p^3 float64 operations
-// in one thread while its block waits: other blocks on the multiprocessor have to hide that, and
-// for p in the tens it becomes the longest step.
+// Bytes per sample: n s (m + ceil(m / kTile)) read for the row; at most 2 n s + p n s for the
+// mixing (with beta < 1 another p n s, of g); n s written. Reading g again often hits a cache. The
+// Gram matrix adds 8 m^2 read and 8 (2 m - 1) written. Operations: 2 m n in float64 for the row;
+// 3 p n (6 p n with beta < 1) in the dtype of f for the mixing. The solve is about p^3 float64
+// operations in one thread while its block waits: other blocks on the multiprocessor have to hide
+// that, and for p in the tens it should be the longest step.
 //
-// Compiled for sm_80 and sm_90; no GPU has run it yet, so kTile and the block size are choices, not
-// measurements. Specification: fastdeq/reference.py, anderson_mix.
+// Compared with fastdeq/reference.py, anderson_mix, by running this kernel's code on CPU threads;
+// compiled for sm_80 and sm_90. No GPU has run it yet: kTile and the block size are choices, not
+// measurements.
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>

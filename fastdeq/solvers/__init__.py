@@ -13,9 +13,13 @@ SOLVERS: dict[str, type[Solver]] = {s.name: s for s in (Picard, Anderson, Neuman
 FORWARD = tuple(name for name, s in SOLVERS.items() if not s.linear)
 ADJOINT = tuple(SOLVERS)
 
-# "auto" is the first of these that suits the structure of the map.
+# "auto" is the first of these that suits the structure of the map. Measured on 2 CPU cores at
+# d = 256, B = 64, tolerance 1e-4, in this plain PyTorch form: a contraction by 0.9 takes plain
+# iteration no more steps than Anderson, each at half the cost. For adjoints, Anderson with a window
+# of 10 met the tolerance wherever GMRES(40) did (dense to scale 1.3, symmetric to 2, relu 1.2), in
+# up to twice its products and a quarter to a half of its time.
 _AUTO_FORWARD: tuple[Solver, ...] = (Picard(), Anderson())
-_AUTO_ADJOINT: tuple[Solver, ...] = (Neumann(), GMRES())
+_AUTO_ADJOINT: tuple[Solver, ...] = (Neumann(), Anderson(window=10))
 
 
 def choose(solver: str | Solver, structure: Structure, *, adjoint: bool) -> Solver:

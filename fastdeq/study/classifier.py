@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cells import AffineCell
+from ..choices import check_choice
 from ..layer import DEQLayer
-from ..weights import WEIGHTS, make_weight
+from ..weights import WEIGHTS
 
 
 class DEQClassifier(nn.Module):
@@ -37,9 +38,9 @@ class DEQClassifier(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        recurrent = make_weight(weight, features, scale, None, None)
-        if not parametrized and weight != "dense":
-            recurrent = WEIGHTS[weight](features, scale, parametrized=False)
+        check_choice(weight, WEIGHTS, "weight")
+        free = {} if parametrized or weight == "dense" else {"parametrized": False}
+        recurrent = WEIGHTS[weight](features, scale, **free)
         cell = AffineCell(in_features, features, activation="tanh", weight=recurrent)
         self.layer = DEQLayer(cell, **options)
         self.head = nn.Linear(features, classes)
