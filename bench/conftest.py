@@ -38,9 +38,9 @@ def pytest_terminal_summary(
     write("Medians of interleaved rounds at the same verified residual; below 1 is faster. In")
     write("brackets: iterations, worst sample (full: forward+adjoint). torchdeq-simple has no stop")
     write("test: it was told the number of iterations. bare-products solves nothing.")
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > 1.5 * cores:  # a run of its own makes it about 1 per core
-        write(f"The machine is busy with other things (load {load:.0f} on {cores} cores), and a")
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > 1.25 * cores:  # a run of its own makes it about 1 per core
+        write(f"The machine is busy with other things (load {load:.1f} on {cores} cores), and a")
         write("thread that waits for its core stalls the others: do not trust these numbers.")
     names = [entry.name for entry in ENTRIES]
     upper, lower = zip(*(name.split("-", 1) for name in names), strict=True)
