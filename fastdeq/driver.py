@@ -20,6 +20,10 @@ from .solvers.base import Problem, Solver
 
 RESIDUAL_EPS = 1e-9  # makes a residual at the zero state an absolute one
 
+# Plain integers keep the int8 of a status tensor.
+_CONVERGED, _STAGNATED = int(Status.CONVERGED), int(Status.STAGNATED)
+_NONFINITE = int(Status.NONFINITE)
+
 # Iterations between two looks at the running mask. A look costs a round trip to an accelerator;
 # frozen samples make an iteration too many harmless.
 _LOOK_EVERY = {"cpu": 1}
@@ -49,9 +53,9 @@ def solve(
     best_residual = point.new_full((batch,), torch.inf)
     status = torch.full((batch,), Status.MAX_ITER, dtype=torch.int8, device=point.device)
     iterations = torch.zeros(batch, dtype=torch.int32, device=point.device)
+    idle = torch.zeros_like(iterations)  # iterates in a row that brought no new best residual
     running = torch.ones(batch, dtype=torch.bool, device=point.device)
-    iterate = running
-    idle = torch.zeros_like(iterations)
+    judged = running  # running samples whose point is an iterate
     state = solver.init(point, Problem(tol, max_iter, anderson_mix))
     look_every = _LOOK_EVERY.get(point.device.type, _LOOK_EVERY_ELSEWHERE)
 
@@ -62,31 +66,30 @@ def solve(
         norm = torch.linalg.vector_norm(value - point, dim=1)
         relative = norm / (torch.linalg.vector_norm(value, dim=1) + RESIDUAL_EPS)
 
-        judged = running & iterate
         improved = judged & (relative < best_residual)  # false for NaN
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
         idle = torch.where(improved, 0, idle + judged)
-
-        converged = judged & (relative <= tol)
-        status = torch.where(converged, Status.CONVERGED, status)
-        running = running & ~converged
+        running = running & (best_residual > tol)
         if k == max_iter or (k % look_every == 0 and not bool(running.any())):
             break
 
         step = solver.step(state, point, value, norm, running)
         failed = running & step.failed
-        stagnated = running & ~failed & (idle >= solver.patience)
-        status = torch.where(failed, Status.NONFINITE, status)
-        status = torch.where(stagnated, Status.STAGNATED, status)
-        running = running & ~failed & ~stagnated
+        status = torch.where(failed, _NONFINITE, status)
+        running = running & ~failed
+        if k >= solver.patience:  # earlier, no sample can have been idle for so long
+            stagnated = running & (idle >= solver.patience)
+            status = torch.where(stagnated, _STAGNATED, status)
+            running = running & ~stagnated
         point = torch.where(running.unsqueeze(1), step.point, point)
-        iterate = running if step.iterate is None else step.iterate
+        judged = running if step.iterate is None else running & step.iterate
         iterations = iterations + running
 
+    status = torch.where(best_residual <= tol, _CONVERGED, status)
     return Solution(
         best,
-        status.to(torch.int8),
+        status,
         iterations,
         best_residual,
         dict(zip(solver.rejects, solver.counters(state), strict=True)),

@@ -177,7 +177,14 @@ def test_compile_without_graph_breaks(weight):
 
 
 def peak_bytes(run):
-    """Most bytes held at once by the CPU allocator during ``run``, above the start."""
+    """Most bytes held at once by the CPU allocator during ``run``, above the start.
+
+    The middle of three: a profile now and then lacks one of its 70,000 events.
+    """
+    return sorted(_peak_bytes(run) for _ in range(3))[1]
+
+
+def _peak_bytes(run):
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -194,9 +201,9 @@ def peak_bytes(run):
 @pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson"])
 def test_memory_does_not_grow_with_the_iterations(path, adjoint):
     # A rotation by a third of a turn with |W| = 1: plain and accelerated steps go on to the limit.
-    size, steps = 256, {}
+    size, steps = 128, {}
     cell = AffineCell(size, size, activation="identity", weight=Orthogonal(size, 0.999))
-    x = torch.randn(64, size)
+    x = torch.randn(32, size)
     for max_iter in (10, 200):
         options = {"max_iter": max_iter, "tol": 0.0, "on_failure": "ignore", "adjoint": adjoint}
         inner = cell if path == "fused" else (lambda z, x: cell(z, x))
