@@ -117,8 +117,7 @@ def _solve_small(
         pivot = matrix[:, j, j]
         keep = kept[:, j] & (pivot > rank_tolerance)
         kept[:, j] = keep
-        inverse = torch.where(keep, 1 / pivot, 0.0)
-        factor = matrix[:, :, j] * inverse[:, None]
+        factor = torch.where(keep[:, None], matrix[:, :, j] / pivot[:, None], 0.0)
         factor[:, j] = 0
         matrix = matrix - factor[:, :, None] * matrix[:, j : j + 1, :]
         rhs = rhs - factor * rhs[:, j : j + 1]

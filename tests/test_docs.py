@@ -1,0 +1,25 @@
+"""The README's example runs as printed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_example_runs_as_printed(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 12
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    forward, backward = done.stdout.splitlines()
+    for line in (forward, backward):
+        assert line.startswith("Solution(32 samples: 32 CONVERGED; iterations ")
