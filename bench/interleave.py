@@ -24,7 +24,7 @@ from fastdeq import ConvergenceError
 
 MODES = ("forward", "backward", "full")
 SECONDS = 5.0  # per size and mode
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
 _problem = cache(Problem)
 

@@ -45,7 +45,7 @@ def test_bench_peers(benchmark, races, size, mode, name):
     rounds = 1
     if benchmark.enabled:
         median = result.medians[name]
-        rounds = min(50, max(3, round(0.3 / median)))
+        rounds = min(50, max(2, round(0.3 / median)))
         benchmark.extra_info.update(
             interleaved_median_ms=median * 1e3,
             ratio_to_torchdeq_fastest=result.ratio(name),

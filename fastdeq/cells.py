@@ -15,12 +15,14 @@ class AffineCell(nn.Module):
     """``f(z, x) = phi(W z + U x + b)`` on rows: z ``(B, features)``, x ``(B, in_features)``.
 
     Args:
-        in_features, features: sizes n of the input and d of the state, >= 1.
+        in_features: size n of the input, >= 1.
+        features: size d of the state, >= 1.
         activation: a name from ``fastdeq.ACTIVATIONS``.
         weight: "dense", "orthogonal", "symmetric", or a module whose ``forward()`` is W ``(d, d)``.
         scale: spectral radius of W in the limit of large d, for the three named families.
         bias: whether b is learned.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError, TypeError: unknown names or options, with the valid ones; sizes below 1.

@@ -40,7 +40,8 @@ def fixed_point(
         f: maps a state to a state of the same shapes and treats samples (rows of the first
             dimension) independently.
         z0: start, a floating-point tensor ``(B, ...)`` or a tuple of them; it gets no gradient.
-        Other arguments: as for :class:`fastdeq.DEQLayer`.
+
+    The keyword arguments are those of :class:`fastdeq.DEQLayer`.
 
     Returns:
         The state, shaped like z0, and its :class:`fastdeq.Solution`.
