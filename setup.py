@@ -9,26 +9,37 @@ What was built, or why not, goes into ``fastdeq/_build.json`` for ``python -m fa
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++").split()
 HOW = "Install torch first and use --no-build-isolation, or set FASTDEQ_NO_EXT=1."
 
 
 def reason_to_skip() -> str:
     if os.environ.get("FASTDEQ_NO_EXT", "0") not in ("", "0"):
         return "it was left out by FASTDEQ_NO_EXT"
-    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        return f"no C++ compiler ({compiler!r}) was found when fastdeq was installed"
+    if shutil.which(COMPILER[0]) is None:
+        return f"no C++ compiler ({COMPILER[0]!r}) was found when fastdeq was installed"
     return ""
 
 
 def sources(folder: str, suffix: str) -> list[str]:
     return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / folder).glob(suffix))
+
+
+def openmp_flags() -> list[str]:
+    """at::parallel_for is serial without OpenMP. Only the compiler is told, not the linker: the
+    runtime is the one that torch brings, whose thread count torch.set_num_threads sets. That is
+    GCC's, so another compiler's calls would not be found in it."""
+    if not sys.platform.startswith("linux"):
+        return []
+    version = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True, check=False)
+    return ["-fopenmp"] if "Free Software Foundation" in version.stdout else []
 
 
 def extension_arguments() -> dict:
@@ -40,7 +51,8 @@ def extension_arguments() -> dict:
 
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     files = ["csrc/module.cpp", *sources("cpu", "*.cpp")]
-    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", f"-DFASTDEQ_WITH_CUDA={int(cuda)}"]}
+    define = f"-DFASTDEQ_WITH_CUDA={int(cuda)}"
+    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", define, *openmp_flags()]}
     make = cpp_extension.CppExtension
     if cuda:
         make = cpp_extension.CUDAExtension

@@ -14,6 +14,11 @@ std::map<std::string, std::string> build_info() {
   return {
       {"cuda", FASTDEQ_WITH_CUDA ? "yes" : "no"},
       {"torch", TORCH_VERSION},
+#if defined(_OPENMP)
+      {"threads", "OpenMP"},
+#else
+      {"threads", "one: the operators run serially"},
+#endif
 #if defined(__clang__)
       {"compiler", "clang " __clang_version__},
 #elif defined(__GNUC__)

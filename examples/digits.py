@@ -14,6 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fastdeq.study import Config, digits, figure, grid, sweep, table
@@ -33,6 +34,8 @@ def arguments() -> tuple[argparse.Namespace, list[Config]]:
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training part")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights, the order")
     parser.add_argument("--out", type=Path, default="demo.png", help="where the figure goes")
+    # The products are too small to gain from a second thread, and suffer when its core is busy.
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--quick", action="store_true", help="one epoch, at scales 0.5 and 3")
     parser.add_argument(
         "--init-only", action="store_true", help="let W leave its structure while it trains"
@@ -56,6 +59,7 @@ def arguments() -> tuple[argparse.Namespace, list[Config]]:
 
 def main() -> None:
     args, runs = arguments()
+    torch.set_num_threads(args.threads)
     dataset = digits(args.seed)
     console = Console()
     console.print(

@@ -61,6 +61,7 @@ def report() -> str:
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "extension": _extension(),
+        "its threads": extension.build_info.get("threads", "missing with the extension"),
         "CUDA sources": _cuda_sources(),
         "Triton": _triton(),
         "compiler": shutil.which("c++") or "none found on PATH",

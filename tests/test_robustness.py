@@ -107,6 +107,39 @@ def test_overflowing_map_ends_nonfinite_with_a_finite_state(solver):
     assert z.isfinite().all()
 
 
+def expansive(n):
+    """relu(1e10 z + c): a negative c settles at zero, a positive one overflows in four steps."""
+    cell = AffineCell(n, n, activation="relu", weight=Constant(n))
+    with torch.no_grad():
+        cell.injection.weight.copy_(torch.eye(n))
+        cell.injection.bias.zero_()
+    return cell
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.w = torch.nn.Parameter(1e10 * torch.eye(n))
+
+    def forward(self):
+        return self.w
+
+
+@pytest.mark.parametrize("path", ["fused", "general"])
+@pytest.mark.parametrize("gradient", ["implicit", "one_step"])
+def test_sample_that_overflows_inside_has_zero_gradient(path, gradient):
+    cell = expansive(2)
+    inner = cell if path == "fused" else (lambda z, x: cell(z, x))
+    layer = DEQLayer(inner, solver="picard", gradient=gradient, on_failure="ignore")
+    x = torch.tensor([[-1.0, -2.0], [1.0, 2.0]], requires_grad=True)
+    z = layer(x)
+    assert layer.last_solution.status.tolist() == [Status.CONVERGED, Status.NONFINITE]
+    assert z.isfinite().all()
+    (z * torch.tensor([[1.0, 1.0], [5.0, 7.0]])).sum().backward()
+    assert (x.grad[1] == 0).all()
+    assert all((p.grad == 0).all() for p in cell.parameters())
+
+
 def test_nonfinite_warm_start_starts_from_zero(make_layer):
     layer = make_layer()
     x = torch.randn(3, 6)
@@ -114,6 +147,33 @@ def test_nonfinite_warm_start_starts_from_zero(make_layer):
     start = torch.zeros(3, 6)
     start[1] = torch.nan
     torch.testing.assert_close(layer(x, z0=start), expected)
+
+
+def test_anderson_takes_back_a_step_restarts_and_counts():
+    """Below 3 the secant points at 5, where a trap waits; the fixed point is 3.4."""
+
+    def f(z):
+        gentle = torch.where(z < 3, 0.9 * z + 0.5, 0.5 * z + 1.7)
+        return torch.where(z > 4, -100.0, gentle)
+
+    z, solution = fixed_point(
+        f, torch.zeros(3, 1, dtype=torch.float64), solver=Anderson(), tol=1e-8
+    )
+    assert solution.converged.all()
+    torch.testing.assert_close(z, torch.full_like(z, 3.4), rtol=1e-7, atol=0)
+    assert (solution.rejects["safeguard"] >= 1).all()
+
+
+def test_counters_stop_when_their_sample_stops():
+    """The first sample converges at once and is then frozen for as long as the other needs."""
+    rates = torch.tensor([[0.0], [0.97]], dtype=torch.float64)
+    f = lambda z: rates * torch.sin(z) + 1  # noqa: E731
+    start = torch.ones(2, 1, dtype=torch.float64)
+    _, solution = fixed_point(f, start, solver=Anderson(window=4), tol=1e-13)
+    assert solution.iterations[0] == 0
+    assert solution.iterations[1] > 4
+    assert all(int(count[0]) == 0 for count in solution.rejects.values())
+    assert solution.rejects["rank_cut"][1] > 0
 
 
 # --- edges -----------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> anderson_mix(
     double* gram_data = gram.mutable_data_ptr<double>();
     const int64_t s0 = gram.stride(0), s1 = gram.stride(1), s2 = gram.stride(2);
 
-    // About 32k multiply-adds repay handing work to another thread.
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, slots * n));
+    // A share of work below some 30 microseconds is not worth another thread.
+    const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, slots * n));
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       std::vector<double> work(slots * slots), gamma(slots);
       for (int64_t b = begin; b < end; ++b) {
