@@ -34,6 +34,20 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def unit_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit norm and their lengths ``(B, 1)``; a row of zeros keeps length 1.
+
+    A linear solve is homogeneous, its stop test is not: next to ``driver.RESIDUAL_EPS`` a small
+    gradient (the mean over a large batch, say) would pass for a solved one.
+    """
+    # Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
+    largest = grad.abs().amax(1, keepdim=True) if grad.shape[1] else grad.new_ones(len(grad), 1)
+    scaled = grad / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    length = torch.where(largest > 0, largest * norm, 1.0)
+    return scaled / torch.where(norm > 0, norm, 1.0), length
+
+
 def solve_affine(
     weight: Tensor,
     injection: Tensor,
@@ -74,7 +88,8 @@ def solve_affine_adjoint(
 ) -> Outputs:
     """Solves ``q = D (g + q W)``: weight ``(d, d)``, slope D and grad g ``(B, d)``."""
     dtype = working_dtype(weight, slope, grad)
-    w, d, g = weight.to(dtype), slope.to(dtype), grad.to(dtype)
+    w, d = weight.to(dtype), slope.to(dtype)
+    g, length = unit_rows(grad.to(dtype))
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
             lambda q: reference.affine_adjoint_step(w, d, g, q),
@@ -85,7 +100,7 @@ def solve_affine_adjoint(
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,
             start_value=d * g,
         )
-    return _outputs(solution, grad.dtype)
+    return _outputs(solution.with_value(solution.value * length), grad.dtype)
 
 
 _BODIES: dict[str, Callable[..., Outputs]] = {

@@ -80,7 +80,7 @@ class AffineCell(nn.Module):
         Raises:
             TypeError, ValueError: x of another shape, dtype or device than the cell's.
         """
-        self._check_input(x)
+        self.check_input(x)
         return self.injection(x)  # type: ignore[no-any-return]
 
     def initial_state(self, x: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ class AffineCell(nn.Module):
         """One step ``f(z, x)``, ``(B, features)``."""
         return self.phi.function(z @ self.recurrent_weight().t() + self.inject(x))
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raises TypeError or ValueError unless x suits ``inject``."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor (B, {self.in_features}), not {type(x).__name__}.")
         if x.dim() != 2 or x.shape[1] != self.in_features:

@@ -61,7 +61,9 @@ def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
 class FixedPoint(Function):
     """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over.
 
-    ``graph`` holds a leaf at z* and f of it, where f was already evaluated under autograd.
+    ``at`` is a leaf at z* and ``fz`` is f of it, where f was already evaluated under autograd. Then
+    the first derivative goes out through the graph of fz, so that hooks on theta run once; a
+    gradient that is to be differentiated again goes to theta itself.
     """
 
     @staticmethod
@@ -69,11 +71,12 @@ class FixedPoint(Function):
         ctx: Any,
         plan: AdjointPlan,
         f: Map,
-        graph: tuple[Tensor, Tensor] | None,
+        at: Tensor | None,
+        fz: Tensor | None,
         z: Tensor,
         *theta: Tensor,
     ) -> Tensor:
-        ctx.plan, ctx.f, ctx.graph = plan, f, graph
+        ctx.plan, ctx.f, ctx.at, ctx.fz = plan, f, at, fz
         out = z.clone()
         ctx.save_for_backward(out, *theta)
         ctx.set_materialize_grads(False)
@@ -83,15 +86,15 @@ class FixedPoint(Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         z, *theta = ctx.saved_tensors
         if grad is None:
-            return (None,) * (4 + len(theta))
+            return (None,) * (5 + len(theta))
         differentiable = torch.is_grad_enabled()
-        if ctx.graph is not None and not differentiable:
-            at, fz = ctx.graph
-        else:
-            # A derivative of this gradient needs f as a function of z*, which depends on theta.
-            at = z if differentiable else z.detach().requires_grad_()
-            with torch.enable_grad():
-                fz = ctx.f(at)
+        if ctx.fz is not None and not differentiable:
+            u = _solve_adjoint(ctx.plan, ctx.fz, ctx.at, grad, None)
+            return None, None, None, u, None, *[None] * len(theta)
+        # A derivative of this gradient needs f as a function of z*, which depends on theta.
+        at = z if differentiable else z.detach().requires_grad_()
+        with torch.enable_grad():
+            fz = ctx.f(at)
         u = _solve_adjoint(ctx.plan, fz, at, grad, theta if differentiable else None)
         grads: Sequence[Tensor | None] = [None] * len(theta)
         if fz.requires_grad and theta:
@@ -99,13 +102,15 @@ class FixedPoint(Function):
                 grads = torch.autograd.grad(
                     fz, theta, u, retain_graph=True, create_graph=differentiable, allow_unused=True
                 )
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 def _solve_adjoint(
     plan: AdjointPlan, fz: Tensor, at: Tensor, grad: Tensor, theta: Sequence[Tensor] | None
 ) -> Tensor:
     """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given."""
+
+    g, length = affine.unit_rows(grad)
 
     def adjoint_map(u: Tensor) -> Tensor:
         products: tuple[Tensor | None, ...] = (None,)
@@ -119,26 +124,25 @@ def _solve_adjoint(
                 allow_unused=True,
             )
         # A map that does not depend on z has J = 0.
-        return grad.clone() if products[0] is None else grad + products[0]
+        return g.clone() if products[0] is None else g + products[0]
 
     with torch.no_grad():
         solution = driver.solve(
             adjoint_map,
-            torch.zeros_like(grad),
+            torch.zeros_like(g),
             plan.solver,
             tol=plan.tol,
             max_iter=plan.max_iter,
             anderson_mix=plan.anderson_mix,
-            start_value=grad,
+            start_value=g,
         )
     plan.report(solution)
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:
-        return u
-    closed_over = [t for t in (grad, at, *theta) if t.requires_grad]
-    return FixedPoint.apply(  # type: ignore[no-any-return]
-        plan.silent(), adjoint_map, None, u, *closed_over
-    )
+        return u * length
+    closed_over = [t for t in (g, at, *theta) if t.requires_grad]
+    unit: Tensor = FixedPoint.apply(plan.silent(), adjoint_map, None, None, u, *closed_over)
+    return unit * length
 
 
 def attach(plan: AdjointPlan, f: Map, z: Tensor) -> Tensor:
@@ -162,7 +166,9 @@ def attach(plan: AdjointPlan, f: Map, z: Tensor) -> Tensor:
             )
         return fz
 
-    return FixedPoint.apply(plan, watched, (at, fz), z.detach(), *theta)  # type: ignore[no-any-return]
+    return FixedPoint.apply(  # type: ignore[no-any-return]
+        plan, watched, at, fz, z.detach(), *theta
+    )
 
 
 def one_step(f: Map, z: Tensor) -> Tensor:

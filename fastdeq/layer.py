@@ -66,8 +66,8 @@ class DEQLayer(nn.Module):
         **unknown: object,
     ):
         super().__init__()
-        if not callable(cell):
-            raise TypeError(f"cell must be callable as cell(z, x), not {type(cell).__name__}.")
+        if not callable(cell) or isinstance(cell, type):
+            raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
         self.cell = cell
         self.options = Options.checked(
             "DEQLayer",
@@ -99,11 +99,15 @@ class DEQLayer(nn.Module):
             z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
                 that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
         """
-        x, bad = _without_nonfinite(x)
+        bad = None
         if self._fused(context):
+            self.cell.check_input(x)
+            x, bad = _without_nonfinite(x)
             z, solution = self._solve_affine(x, z0)
         else:
             start = self._start(x) if z0 is None else z0
+            if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
+                x, bad = _without_nonfinite(x)
             z, solution = solve_map(
                 lambda state: self.cell(state, x, *context),
                 start,
@@ -111,7 +115,7 @@ class DEQLayer(nn.Module):
                 self._structure(),
                 self._receive_adjoint,
             )
-        if bad is not None and len(bad) == len(solution.status):
+        if bad is not None:
             z, solution = _mark_nonfinite(z, solution, bad)
         self.last_solution = solution
         self._handle(solution, "DEQLayer, forward solve")
@@ -163,14 +167,26 @@ class DEQLayer(nn.Module):
         if handle_failure(solution, self.options.on_failure, what):
             self._warned.add(what)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without the record of past solves."""
+        state = self.__dict__.copy()
+        state |= {"last_solution": None, "last_adjoint_solution": None, "_warned": set()}
+        return state
+
     def extra_repr(self) -> str:
         o = self.options
         return f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
 
 
-def _without_nonfinite(x: Any) -> tuple[Any, Tensor | None]:
-    """x with non-finite samples zeroed, and which they are; None where x is not such a tensor."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+def _batch_of(state: Any) -> tuple[int, ...]:
+    """``(B,)`` of a state, or () where it is none; the solve will say so."""
+    first = state[0] if isinstance(state, (tuple, list)) and state else state
+    return tuple(first.shape[:1]) if isinstance(first, Tensor) else ()
+
+
+def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x with non-finite samples zeroed, and which they are; None where x cannot have any."""
+    if not x.is_floating_point() or x.dim() == 0:
         return x, None
     bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
     shape = (-1,) + (1,) * (x.dim() - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 
 from .choices import check_choice, check_options
@@ -39,14 +40,18 @@ class Options:
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
         self._check_tolerance("tol", self.tol)
         self._check_limit("max_iter", self.max_iter)
-        tol, max_iter = self.adjoint_limits()
-        self._check_tolerance("adjoint_tol", tol)
-        self._check_limit("adjoint_max_iter", max_iter)
+        object.__setattr__(self, "tol", float(self.tol))
+        object.__setattr__(self, "max_iter", int(self.max_iter))
+        if self.adjoint_tol is not None:
+            self._check_tolerance("adjoint_tol", self.adjoint_tol)
+        if self.adjoint_max_iter is not None:
+            self._check_limit("adjoint_max_iter", self.adjoint_max_iter)
 
     def adjoint_limits(self) -> tuple[float, int]:
         """Tolerance and iteration limit of the adjoint; those of the forward solve where unset."""
         tol = self.tol if self.adjoint_tol is None else self.adjoint_tol
-        return tol, self.max_iter if self.adjoint_max_iter is None else self.adjoint_max_iter
+        max_iter = self.max_iter if self.adjoint_max_iter is None else self.adjoint_max_iter
+        return float(tol), int(max_iter)
 
     @classmethod
     def checked(cls, owner: str, unknown: dict[str, object], **options: object) -> Options:
@@ -56,11 +61,11 @@ class Options:
 
     @staticmethod
     def _check_tolerance(name: str, value: object) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:  # type: ignore[operator]
             raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
 
     @staticmethod
     def _check_limit(name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")

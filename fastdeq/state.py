@@ -61,10 +61,14 @@ class Packing:
         return torch.cat(rows, 1)
 
     def unpack(self, rows: Tensor) -> Any:
-        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
+        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes.
+
+        A copy: a cell may change its argument in place, which must not change the solver's point.
+        """
         split = rows.split(self.sizes, 1)
         parts = tuple(
-            p.reshape(s).to(d) for p, s, d in zip(split, self.shapes, self.dtypes, strict=True)
+            p.reshape(s).to(d, copy=True)
+            for p, s, d in zip(split, self.shapes, self.dtypes, strict=True)
         )
         return parts if self.is_tuple else parts[0]
 

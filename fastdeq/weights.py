@@ -115,6 +115,13 @@ class Orthogonal(_Structured):
     def norm_bound(self) -> float | None:
         return abs(self.scale) if self.parametrized else None
 
+    def get_extra_state(self) -> dict[str, float]:
+        """W depends on the scale, so a state_dict carries it."""
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
     def compose(self, raw: Tensor) -> Tensor:
         return self.scale * orthogonal_factor(raw)
 

@@ -256,3 +256,53 @@ def test_adjoint_that_fails_is_reported():
         z.sum().backward()
     assert isinstance(solution, Solution)
     assert (solution.status == Status.CONVERGED).all()
+
+
+@pytest.mark.parametrize("path", ["fused", "general"])
+@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson"])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_gradient_is_as_good_for_tiny_and_huge_losses(path, adjoint, size):
+    """A mean over a large batch sends tiny gradients; the stop test must not take them for zero."""
+    cell = make_cell(weight="orthogonal", scale=0.8, n=5, d=8)
+    layer = DEQLayer(cell if path == "fused" else General(cell), adjoint=adjoint, **TIGHT)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    exact = torch.autograd.grad(unrolled(cell, x).sum(), list(cell.parameters()))
+    ours = torch.autograd.grad((size * layer(x)).sum(), list(cell.parameters()))
+    for a, b in zip(ours, exact, strict=True):
+        assert (a / size - b).norm() <= 1e-9 * b.norm()
+
+
+@pytest.mark.parametrize("path", ["fused", "general"])
+def test_hooks_and_retained_gradients_see_each_gradient_once(path):
+    cell = make_cell()
+    layer = DEQLayer(cell if path == "fused" else General(cell), **TIGHT)
+    leaf = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (plain,) = torch.autograd.grad(layer(2 * leaf).sum(), leaf)
+    weight = cell.injection.weight
+    (plain_weight,) = torch.autograd.grad(layer(2 * leaf).sum(), weight)
+    x = 2 * leaf
+    x.retain_grad()
+    x.register_hook(lambda g: 3 * g)
+    handle = weight.register_hook(lambda g: 5 * g)
+    layer(x).sum().backward()
+    handle.remove()
+    torch.testing.assert_close(leaf.grad, 3 * plain)
+    torch.testing.assert_close(x.grad, 1.5 * plain)
+    torch.testing.assert_close(weight.grad, 5 * plain_weight)
+
+
+@pytest.mark.parametrize("state", ["tensor", "tuple"])
+def test_a_map_may_change_its_argument_in_place(state):
+    c = torch.tensor([[2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+
+    def f(z):
+        if state == "tensor":
+            return z.mul_(0.5).add_(c)
+        return z[0].mul_(0.5).add_(c), z[1].mul_(0.25).add_(c)
+
+    zero = torch.zeros(1, 2, dtype=torch.float64)
+    z, _ = fixed_point(f, zero if state == "tensor" else (zero, zero), **TIGHT)
+    first = z if state == "tensor" else z[0]
+    torch.testing.assert_close(first, 2 * c, rtol=1e-10, atol=0)
+    (gradient,) = torch.autograd.grad(first.sum(), c)
+    torch.testing.assert_close(gradient, torch.full_like(c, 2.0), rtol=1e-10, atol=0)

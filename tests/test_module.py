@@ -6,6 +6,7 @@ import io
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -51,6 +52,22 @@ def test_save_load_deepcopy_pickle(weight, tmp_path):
     for twin in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), whole):
         assert torch.equal(twin(x), expected)
         assert twin.options == layer.options
+
+
+def test_copies_start_without_the_record_of_past_solves():
+    layer = make()
+    layer(torch.randn(4, 5)).sum().backward()
+    twin = copy.deepcopy(layer)
+    assert twin.last_solution is None
+    assert twin.last_adjoint_solution is None
+    assert layer.last_solution is not None
+
+
+def test_numpy_numbers_are_numbers():
+    options = make(tol=np.float32(1e-3), max_iter=np.int64(7)).options
+    assert options.max_iter == 7
+    assert type(options.max_iter) is int
+    assert options.adjoint_limits() == (options.tol, 7)
 
 
 def test_gradients_follow_grad_mode_and_never_training():

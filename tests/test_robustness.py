@@ -149,6 +149,13 @@ def test_nonfinite_warm_start_starts_from_zero(make_layer):
     torch.testing.assert_close(layer(x, z0=start), expected)
 
 
+def test_input_that_is_not_per_sample_is_left_as_it_is():
+    shared = torch.tensor([[torch.nan, 0.0]])
+    layer = DEQLayer(lambda z, x: 0.5 * z + x, on_failure="ignore")
+    layer(shared, z0=torch.zeros(3, 2))
+    assert (layer.last_solution.status == Status.NONFINITE).all()
+
+
 def test_anderson_takes_back_a_step_restarts_and_counts():
     """Below 3 the secant points at 5, where a trap waits; the fixed point is 3.4."""
 
@@ -405,7 +412,10 @@ def test_options_that_do_not_exist(options, error, message):
         ),
         (lambda: AffineCell(3, 0, scale=1.0), ValueError, "must be >= 1"),
         (lambda: AffineCell(3, 4, scale=1.0, biass=True), TypeError, "Did you mean 'bias'"),
-        (lambda: DEQLayer(5), TypeError, "callable"),
+        (lambda: DEQLayer(5), TypeError, "a module or function"),
+        (lambda: DEQLayer(AffineCell), TypeError, "a module or function"),
+        (lambda: Anderson(widow=3), TypeError, "Did you mean 'window'"),
+        (lambda: GMRES(window=3), TypeError, "valid options: restart"),
         (lambda: Anderson(window=0), ValueError, "window must be"),
         (lambda: Anderson(window=2.5), ValueError, "window must be an integer"),
         (lambda: Anderson(damping=0.0), ValueError, r"damping must be in \(0, 1\]"),

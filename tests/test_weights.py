@@ -132,3 +132,10 @@ def test_user_weight_object_and_what_it_states():
     assert layer.cell.structure().contraction == 0.8
     # A bound below one lets "auto" take plain iteration, which counts no rejects.
     assert layer.last_solution.rejects == {}
+
+
+def test_scale_of_an_orthogonal_weight_travels_in_the_state_dict():
+    source, target = Orthogonal(6, 0.9), Orthogonal(6, 0.3)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(), source())
+    assert target.norm_bound() == 0.9

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, Structure, check_range
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class Anderson:
+class Anderson(CheckedOptions):
     """Anderson acceleration.
 
     Args:

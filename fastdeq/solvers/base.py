@@ -7,11 +7,14 @@ stops samples one by one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
+
+from ..choices import check_options
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ class Solver(Protocol):
     def counters(self, state: Any) -> tuple[Tensor, ...]:
         """The counters named in ``rejects``, ``(B,)`` int32 each."""
         ...
+
+
+class CheckedOptions:
+    """Base of solver dataclasses: a misspelt option raises and lists the valid ones."""
+
+    def __new__(cls, *_: object, **options: object) -> Any:
+        valid = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = {name: value for name, value in options.items() if name not in valid}
+        check_options(unknown, valid, cls.__name__)
+        return super().__new__(cls)
 
 
 def check_range(owner: str, name: str, value: float, low: float, high: float, text: str) -> None:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, Structure, check_range
 
 
 @dataclass
@@ -44,7 +44,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class GMRES:
+class GMRES(CheckedOptions):
     """Restarted GMRES; ``restart`` >= 1 is the largest dimension of the Krylov space.
 
     The first point must be zero, where the map's value is the right-hand side.

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, Structure, check_range
 
 
 @dataclass(frozen=True)
-class Picard:
+class Picard(CheckedOptions):
     """``z <- z + damping * (f(z) - z)``, ``damping`` in (0, 1]; linear on contractions."""
 
     damping: float = 1.0
