@@ -40,4 +40,5 @@ docs: setup
 
 clean:
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache fastdeq/_build.json
-	find . -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +
+	rm -f fastdeq/_C*.so demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

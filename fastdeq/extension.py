@@ -19,7 +19,10 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"it failed to load: {error}"
     if _BUILD_RECORD.is_file():
-        return None, json.loads(_BUILD_RECORD.read_text())["reason"] or "it was built elsewhere"
+        return None, json.loads(_BUILD_RECORD.read_text())["reason"] or (
+            f"the source folder {_BUILD_RECORD.parent} was imported, which has none: leave that "
+            "folder, or install with `pip install -e . --no-build-isolation`"
+        )
     return None, "not installed: run `pip install -e . --no-build-isolation`"
 
 
