@@ -51,10 +51,20 @@ def cut_above(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Within it, no gradient passes above the given tensors, while their own is still captured.
 
     One of them may depend on another (a matrix and its factor, both used by f). Asking autograd for
-    both would count the path between them, which is for the caller's graph to follow.
+    both would count the path between them, which is for the caller's graph to follow. Their hooks
+    and retained gradients rest meanwhile, for the same reason: the caller's graph runs them.
+
+    The hooks belong to graph nodes, so two threads must not differentiate through one graph twice
+    at the same time.
     """
-    handles = []
+    handles: list[Any] = []
+    resting = []
     for t in tensors:
+        retained = t.grad if not t.is_leaf and t.retains_grad else None
+        hooks = dict(t._backward_hooks) if t._backward_hooks else {}
+        resting.append((t, hooks, retained))
+        if hooks:
+            t._backward_hooks.clear()  # type: ignore[union-attr]
         if t.grad_fn is not None:
             # Autograd reads its result before these hooks, and None costs nothing further up.
             def drop(grads: tuple[Tensor | None, ...], index: int = t.output_nr) -> Any:
@@ -66,3 +76,8 @@ def cut_above(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for t, hooks, retained in resting:
+            if hooks:
+                t._backward_hooks.update(hooks)  # type: ignore[union-attr]
+            if not t.is_leaf and t.retains_grad:
+                t.grad = retained

@@ -83,6 +83,18 @@ class AffineCell(nn.Module):
         self.check_input(x)
         return self.injection(x)  # type: ignore[no-any-return]
 
+    def is_plain(self) -> bool:
+        """Whether this really is the affine map: nothing overridden, no hooks to be run."""
+        parts = ("forward", "phi", "inject", "recurrent_weight")
+        same = all(getattr(type(self), name) is getattr(AffineCell, name) for name in parts)
+        hooks = (
+            self._forward_hooks,
+            self._forward_pre_hooks,
+            self._backward_hooks,
+            self._backward_pre_hooks,
+        )
+        return same and not any(hooks)
+
     def initial_state(self, x: Tensor) -> Tensor:
         """The default start of a solve: zeros ``(B, features)``."""
         return x.new_zeros(len(x), self.features)

@@ -30,6 +30,11 @@ _LOOK_EVERY = {"cpu": 1}
 _LOOK_EVERY_ELSEWHERE = 4
 
 
+def finite_rows(start: Tensor) -> Tensor:
+    """``start`` with the rows that are not finite replaced by zeros."""
+    return torch.where(start.isfinite().all(1, keepdim=True), start, 0.0)
+
+
 def solve(
     f: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -47,8 +52,7 @@ def solve(
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
     """
     batch = start.shape[0]
-    usable = start.isfinite().all(1)
-    point = torch.where(usable.unsqueeze(1), start, 0.0)
+    point = finite_rows(start)
     best = point
     best_residual = point.new_full((batch,), torch.inf)
     status = torch.full((batch,), Status.MAX_ITER, dtype=torch.int8, device=point.device)

@@ -81,13 +81,19 @@ def solve_map(
     rows = packing.rowwise(f)
     anderson_mix = ops.implementation(options.backend, packing.device)
     with torch.no_grad():
+        start = driver.finite_rows(packing.pack(z0))
+    # The first evaluation is made under autograd: what the cell caches then (as in
+    # torch.nn.utils.parametrize.cached) keeps its graph for the evaluation that is differentiated.
+    start_value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
+    with torch.no_grad():
         solution = driver.solve(
             rows,
-            packing.pack(z0),
+            start,
             choose(options.solver, structure, adjoint=False),
             tol=options.tol,
             max_iter=options.max_iter,
             anderson_mix=anderson_mix,
+            start_value=start_value,
         )
     z = solution.value
     if torch.is_grad_enabled():

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import affine, driver
 from .activations import ACTIVATIONS
@@ -136,7 +136,7 @@ def _solve_adjoint(
             anderson_mix=plan.anderson_mix,
             start_value=g,
         )
-    plan.report(solution)
+    plan.report(solution.with_value(solution.value * length))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:
         return u * length
@@ -150,6 +150,8 @@ def attach(plan: AdjointPlan, f: Map, z: Tensor) -> Tensor:
     at = z.detach().requires_grad_()
     with torch.enable_grad(), Watch() as watch:
         fz = f(at)
+    if forward_ad.unpack_dual(fz).tangent is not None:
+        raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
     theta = [t for t in watch.tensors if t is not at]
     if not theta:
         return z.detach()

@@ -31,7 +31,8 @@ class DEQLayer(nn.Module):
         adjoint_tol: the same for the adjoint; None: ``tol``.
         max_iter: most updates of a sample; one further evaluation verifies the last of them.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
-        precision: "auto", or "float32" to forbid narrower arithmetic in early iterations. Input
+        precision: "auto", or "float32" to forbid narrower arithmetic in early iterations; no solver
+            uses any yet, so the two are the same today. Input
             narrower than float32 is always solved to a float32 residual where the cell is affine.
         backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one form of the
             fused operations.
@@ -122,9 +123,8 @@ class DEQLayer(nn.Module):
         return z
 
     def _fused(self, context: tuple[Any, ...]) -> bool:
-        affine = isinstance(self.cell, AffineCell) and type(self.cell).forward is AffineCell.forward
         return (
-            affine
+            self._plain()
             and not context
             and registered(choose(self.options.solver, Structure(), adjoint=False))
             and registered(choose(self.options.adjoint, Structure(), adjoint=True))
@@ -144,8 +144,11 @@ class DEQLayer(nn.Module):
             self._receive_adjoint,
         )
 
+    def _plain(self) -> bool:
+        return isinstance(self.cell, AffineCell) and self.cell.is_plain()
+
     def _structure(self) -> Structure:
-        return self.cell.structure() if isinstance(self.cell, AffineCell) else Structure()
+        return self.cell.structure() if self._plain() else Structure()
 
     def _start(self, x: Any) -> Any:
         if hasattr(self.cell, "initial_state"):

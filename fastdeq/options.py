@@ -32,8 +32,11 @@ class Options:
     on_failure: str = "warn"
 
     def __post_init__(self) -> None:
-        for adjoint, name in ((False, self.solver), (True, self.adjoint)):
-            choose(name, Structure(), adjoint=adjoint)
+        for field, adjoint in (("solver", False), ("adjoint", True)):
+            given = getattr(self, field)
+            chosen = choose(given, Structure(), adjoint=adjoint)
+            if given != "auto":  # an object from now on: a compiled layer does not build any
+                object.__setattr__(self, field, chosen)
         check_choice(self.gradient, GRADIENTS, "gradient")
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")

@@ -13,6 +13,7 @@ The families and their comparison: Agarwala and Schoenholz, ICML 2022.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,13 @@ class Orthogonal(_Structured):
     """
 
     structure = "orthogonal"
+    stored_scale: Tensor
+
+    def __init__(self, features: int, scale: float, **options: Any):
+        super().__init__(features, scale, **options)
+        if self.parametrized:  # W depends on the scale, so a state_dict carries it
+            stored = torch.tensor(self.scale, device=self.weight.device, dtype=self.weight.dtype)
+            self.register_buffer("stored_scale", stored)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -115,12 +123,12 @@ class Orthogonal(_Structured):
     def norm_bound(self) -> float | None:
         return abs(self.scale) if self.parametrized else None
 
-    def get_extra_state(self) -> dict[str, float]:
-        """W depends on the scale, so a state_dict carries it."""
-        return {"scale": self.scale}
-
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        self.scale = state["scale"]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A rounded copy of the own scale (a module in bfloat16) leaves the exact one in place.
+        loaded = state_dict.get(f"{prefix}stored_scale")
+        if loaded is not None and float(loaded) != float(self.stored_scale):
+            self.scale = float(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compose(self, raw: Tensor) -> Tensor:
         return self.scale * orthogonal_factor(raw)

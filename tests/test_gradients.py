@@ -291,6 +291,78 @@ def test_hooks_and_retained_gradients_see_each_gradient_once(path):
     torch.testing.assert_close(weight.grad, 5 * plain_weight)
 
 
+def test_hooks_and_retained_gradients_run_once_under_create_graph():
+    cell = make_cell()
+    leaf = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = cell.injection.weight
+    results = []
+    for solve in (DEQLayer(General(cell), **TIGHT), lambda x: unrolled(cell, x)):
+        x = 2 * leaf
+        x.retain_grad()
+        x.register_hook(lambda g: 3 * g)
+        handle = weight.register_hook(lambda g: 5 * g)
+        leaf.grad = weight.grad = None
+        solve(x).sum().backward(create_graph=True, inputs=[leaf, weight])
+        handle.remove()
+        results.append((leaf.grad.detach(), weight.grad.detach(), x.grad.detach()))
+        leaf.grad = weight.grad = None
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
+
+
+def test_cached_parametrization_inside_a_general_cell():
+    linear = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 3).double())
+    layer = DEQLayer(lambda z, x: torch.tanh(0.4 * linear(z) + x), **TIGHT)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    exact = torch.autograd.grad(layer(x).sum(), list(linear.parameters()))
+    with torch.nn.utils.parametrize.cached():
+        ours = torch.autograd.grad(layer(x).sum(), list(linear.parameters()))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adjoint_solution_is_of_the_gradient_itself():
+    for path in ("fused", "general"):
+        cell = make_cell(activation="identity")
+        layer = DEQLayer(cell if path == "fused" else General(cell), **TIGHT)
+        values = []
+        for size in (1.0, 1e-3):
+            (size * layer(torch.ones(2, 3, dtype=torch.float64))).sum().backward()
+            values.append(layer.last_adjoint_solution.value / size)
+        torch.testing.assert_close(*values)
+
+
+def test_adjoint_options_are_the_adjoints():
+    cell = make_cell(weight="orthogonal", scale=0.8)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    layer = DEQLayer(cell, tol=1e-3, adjoint_tol=1e-10, max_iter=50, adjoint_max_iter=200)
+    layer(x).sum().backward()
+    assert 1e-10 < layer.last_solution.residual.max() <= 1e-3
+    assert layer.last_adjoint_solution.residual.max() <= 1e-10
+
+
+def test_forward_mode_is_refused_not_wrong():
+    layer = DEQLayer(lambda z, x: torch.tanh(0.3 * z + x))
+    x = torch.randn(2, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            layer(dual)
+
+
+def test_singular_adjoints_of_gmres_end_calmly():
+    nilpotent = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    # u = g + J^T u: no solution for J = I, u = (1, 2) for the nilpotent J.
+    for j, status in ((torch.eye(2).double(), Status.STAGNATED), (nilpotent, Status.CONVERGED)):
+        c = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+        layer = DEQLayer(lambda z, x, j=j, c=c: z @ j.T + c, adjoint="gmres", on_failure="ignore")
+        layer(torch.zeros(1, 2, dtype=torch.float64)).sum().backward()
+        assert layer.last_adjoint_solution.status[0] == status
+        assert c.grad.isfinite().all()
+        if status == Status.CONVERGED:
+            torch.testing.assert_close(c.grad, torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("state", ["tensor", "tuple"])
 def test_a_map_may_change_its_argument_in_place(state):
     c = torch.tensor([[2.0, 3.0]], dtype=torch.float64, requires_grad=True)

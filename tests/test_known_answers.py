@@ -238,3 +238,25 @@ def test_neumann_and_gmres_refuse_the_forward_problem():
     for solver in ("neumann", "gmres", Neumann(), GMRES()):
         with pytest.raises(ValueError, match=r"picard.*anderson"):
             fixed_point(torch.cos, torch.zeros(1, 1), solver=solver)
+
+
+def test_damped_picard_converges_where_plain_diverges():
+    f = lambda z: 2 - 3 * z  # noqa: E731  slope -3: the damped map has slope 1 - 4 * 0.3 = -0.2
+    z, solution = fixed_point(f, torch.zeros(1, 1), solver=Picard(damping=0.3), tol=1e-5)
+    assert solution.converged.all()
+    assert z.item() == pytest.approx(0.5, rel=1e-4)
+    _, plain = fixed_point(f, torch.zeros(1, 1), solver=Picard(), on_failure="ignore")
+    assert not plain.converged.any()
+
+
+def test_weight_cap_is_counted():
+    rates = f64(0.9, 0.99, 0.999)
+    capped = Anderson(window=3, max_weight=1e-3)
+    _, solution = fixed_point(
+        lambda z: rates * z + 1.0,
+        torch.ones(2, 3, dtype=torch.float64),
+        solver=capped,
+        max_iter=20,
+        on_failure="ignore",
+    )
+    assert (solution.rejects["weight_cap"] >= 10).all()

@@ -177,9 +177,20 @@ def make_like(layer):
     return DEQLayer(layer.cell)
 
 
-@pytest.mark.parametrize("weight", ["dense", "orthogonal", "symmetric"])
-def test_compile_without_graph_breaks(weight):
-    layer = make(weight)
+@pytest.mark.parametrize(
+    ("weight", "solver", "adjoint"),
+    [
+        ("dense", "auto", "auto"),
+        ("orthogonal", "auto", "auto"),
+        ("symmetric", "auto", "auto"),
+        ("dense", "picard", "neumann"),
+        ("dense", "anderson", "gmres"),
+        ("dense", Anderson(window=3), "anderson"),
+    ],
+    ids=str,
+)
+def test_compile_without_graph_breaks(weight, solver, adjoint):
+    layer = make(weight, solver=solver, adjoint=adjoint)
     x = torch.randn(4, 5)
     expected = layer(x)
     expected.sum().backward()
@@ -231,3 +242,54 @@ def test_memory_does_not_grow_with_the_iterations(path, adjoint):
     state = x.numel() * x.element_size()
     # Equal up to bookkeeping: less than one state, where unrolling would add 190 of them.
     assert abs(steps[200] - steps[10]) < state
+
+
+class Scaled(AffineCell):
+    """Not the affine map any more: no bound of the weight says anything of it."""
+
+    def forward(self, z, x):
+        return 1.5 * z - 2 * z + super().forward(z, x)
+
+
+class Shifted(AffineCell):
+    def inject(self, x):
+        return super().inject(x) + 1
+
+
+@pytest.mark.parametrize("kind", [Scaled, Shifted])
+def test_subclass_of_the_affine_cell_is_taken_as_a_general_cell(kind):
+    layer = DEQLayer(kind(5, 8, weight="orthogonal", scale=0.5))
+    x = torch.randn(4, 5)
+    z = layer(x)
+    assert layer.last_solution.rejects  # Anderson: nothing is known of the map
+    torch.testing.assert_close(layer.cell(z, x), z, rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_of_an_affine_cell_run():
+    layer, calls = make(), []
+    layer.cell.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(4, 5))
+    assert calls
+
+
+def test_user_solver_with_options_of_its_own():
+    class Mine(Anderson):
+        def __init__(self, strength=1.0, **options):
+            super().__init__(**options)
+            object.__setattr__(self, "strength", strength)
+
+    make(solver=Mine(strength=2.0, window=3))(torch.randn(4, 5))
+
+
+def test_auto_takes_plain_iteration_only_on_a_certain_contraction():
+    for activation, scale, plain in (
+        ("tanh", 0.85, True),
+        ("gelu", 0.85, False),  # its slope reaches 1.129: 0.96
+        ("tanh", 0.95, False),
+        ("sigmoid", 3.0, True),  # its slope is at most 1/4: 0.75
+    ):
+        cell = AffineCell(5, 8, activation=activation, weight="orthogonal", scale=scale)
+        layer = DEQLayer(cell, on_failure="ignore")
+        layer(torch.randn(4, 5)).sum().backward()
+        assert (layer.last_solution.rejects == {}) == plain
+        assert (layer.last_adjoint_solution.rejects == {}) == plain

@@ -18,6 +18,7 @@ from fastdeq import (
     Status,
     extension,
     fixed_point,
+    ops,
 )
 
 SOLVERS = [Picard(), Anderson(), Anderson(window=1)]
@@ -138,6 +139,39 @@ def test_sample_that_overflows_inside_has_zero_gradient(path, gradient):
     (z * torch.tensor([[1.0, 1.0], [5.0, 7.0]])).sum().backward()
     assert (x.grad[1] == 0).all()
     assert all((p.grad == 0).all() for p in cell.parameters())
+
+
+@every_solver
+def test_nan_of_one_sample_stays_in_its_row_of_the_driver(solver):
+    """Through a closure, so that no layer cleans the input first."""
+    c = torch.randn(4, 5, dtype=torch.float64)
+    clean, _ = fixed_point(lambda z: 0.5 * torch.tanh(z) + c, torch.zeros_like(c), solver=solver)
+    c = c.clone()
+    c[2, 1] = torch.nan
+    dirty, solution = fixed_point(
+        lambda z: 0.5 * torch.tanh(z) + c, torch.zeros_like(c), solver=solver, on_failure="ignore"
+    )
+    mates = [0, 1, 3]
+    assert torch.equal(clean[mates], dirty[mates])
+    assert solution.status.tolist() == [0, 0, Status.NONFINITE, 0]
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "identity"])
+def test_fused_sample_with_an_overflowing_injection_has_zero_gradient(activation):
+    cell = AffineCell(3, 3, activation=activation, weight="orthogonal", scale=0.5)
+    with torch.no_grad():
+        cell.injection.weight.mul_(10)
+    layer = DEQLayer(cell, on_failure="ignore")
+    x = torch.randn(3, 3)
+    x[1] = 3e38  # finite, and infinite or NaN once injected
+    z = layer(x.requires_grad_())
+    if activation != "tanh":
+        assert layer.last_solution.status[1] == Status.NONFINITE
+    g = torch.ones_like(z)
+    g[1] = torch.nan if layer.last_solution.status[1] == Status.NONFINITE else 0.0
+    gradients = torch.autograd.grad(z, [x, *cell.parameters()], g)
+    assert all(t.isfinite().all() for t in gradients)
+    assert (gradients[0][1] == 0).all()
 
 
 def test_nonfinite_warm_start_starts_from_zero(make_layer):
@@ -488,11 +522,18 @@ def test_backend_that_cannot_serve_raises_and_says_why(make_layer, backend, monk
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_backends_agree(make_layer, backend):
+def test_backends_agree(make_layer, backend, monkeypatch):
     if backend == "cpp" and extension.module is None:
         pytest.skip(f"no compiled extension: {extension.why_missing}")
     layer = make_layer(solver="anderson", tol=1e-6)
     x = torch.randn(4, 6)
     expected = layer(x)
     other = DEQLayer(layer.cell, solver="anderson", tol=1e-6, backend=backend)
+    if backend == "reference":  # and it is really the reference that runs
+        called = []
+        real = ops.reference.anderson_mix
+        table = {**ops._ANDERSON_MIX, "reference": lambda *a: called.append(1) or real(*a)}
+        monkeypatch.setattr(ops, "_ANDERSON_MIX", table)
+        other(x)
+        assert called
     torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-6)

@@ -138,4 +138,7 @@ def test_scale_of_an_orthogonal_weight_travels_in_the_state_dict():
     source, target = Orthogonal(6, 0.9), Orthogonal(6, 0.3)
     target.load_state_dict(source.state_dict())
     assert torch.equal(target(), source())
-    assert target.norm_bound() == 0.9
+    assert target.norm_bound() == pytest.approx(0.9, rel=1e-6)  # stored in the weight's dtype
+    x = torch.func.functional_call(target, {k: v.clone() for k, v in source.state_dict().items()})
+    assert torch.equal(x, source())
+    assert set(Orthogonal(6, 0.9, parametrized=False).state_dict()) == {"weight"}

@@ -86,9 +86,11 @@ class CheckedOptions:
     """Base of solver dataclasses: a misspelt option raises and lists the valid ones."""
 
     def __new__(cls, *_: object, **options: object) -> Any:
-        valid = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = {name: value for name, value in options.items() if name not in valid}
-        check_options(unknown, valid, cls.__name__)
+        builder = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        if "__dataclass_fields__" in vars(builder):  # not where a subclass has its own __init__
+            valid = [field.name for field in dataclasses.fields(builder)]
+            unknown = {name: value for name, value in options.items() if name not in valid}
+            check_options(unknown, valid, cls.__name__)
         return super().__new__(cls)
 
 

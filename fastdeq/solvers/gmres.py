@@ -98,8 +98,10 @@ class GMRES(CheckedOptions):
             self._open(state, opening, point, value, norm)
         state.used = min(state.used + 1, self.restart)
 
-        # The residual must fall below tol * |f(u)|; |b| and |u_0| stand in for |f(u)|, unknown yet.
-        goal = state.tol * torch.maximum(state.scale[:, 0], state.start.norm(dim=1)).double()
+        # The residual must fall below tol * |f(u)|, unknown yet: |u_0| stands in for it, and |b| in
+        # the first cycle, which starts from zero.
+        size = state.start.norm(dim=1)
+        goal = state.tol * torch.where(size > 0, size, state.scale[:, 0]).double()
         estimate = state.beta / state.null.norm(dim=1)
         full = state.step >= self.restart
         state.updates_left -= 1
