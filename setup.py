@@ -1,6 +1,8 @@
 """Builds the one extension ``fastdeq._C``. Everything else about the package is in pyproject.toml.
 
-FASTDEQ_NO_EXT=1   install without it; the plain PyTorch forms serve every operation
+FASTDEQ_NO_EXT=1         install without it; the plain PyTorch forms serve every operation
+FASTDEQ_ARCH=native      (default) the CPU engine for this machine, and one for any other
+FASTDEQ_ARCH=portable    engines for AVX-512, AVX2 and any other, chosen when fastdeq is loaded
 CUDA sources join when torch has CUDA and nvcc is found.
 
 What was built, or why not, goes into ``fastdeq/_build.json`` for ``python -m fastdeq info``.
@@ -8,6 +10,7 @@ What was built, or why not, goes into ``fastdeq/_build.json`` for ``python -m fa
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -42,6 +45,23 @@ def openmp_flags() -> list[str]:
     return ["-fopenmp"] if "Free Software Foundation" in version.stdout else []
 
 
+def cpu_targets() -> list[str]:
+    """The instruction sets of x86-64 to compile the CPU engine for, next to the generic one."""
+    arch = os.environ.get("FASTDEQ_ARCH", "native")
+    if arch not in ("native", "portable"):
+        sys.exit(f"fastdeq: FASTDEQ_ARCH={arch!r} is not known; use 'native' or 'portable'.")
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    if arch == "portable":
+        return ["avx512", "avx2"]
+    # What the compiler's -march=native would turn on here.
+    asked = [*COMPILER, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    if {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"} <= set(macros):
+        return ["avx512"]
+    return ["avx2"] if {"__AVX2__", "__FMA__"} <= set(macros) else []
+
+
 def extension_arguments() -> dict:
     try:
         import torch
@@ -50,9 +70,11 @@ def extension_arguments() -> dict:
         sys.exit(f"fastdeq: torch is not importable in the build environment ({error}). {HOW}")
 
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    files = ["csrc/module.cpp", *sources("cpu", "*.cpp")]
-    define = f"-DFASTDEQ_WITH_CUDA={int(cuda)}"
-    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", define, *openmp_flags()]}
+    targets = cpu_targets()
+    left_out = {f"csrc/cpu/target_{t}.cpp" for t in ("avx512", "avx2") if t not in targets}
+    files = ["csrc/module.cpp", *(f for f in sources("cpu", "*.cpp") if f not in left_out)]
+    defines = [f"-DFASTDEQ_WITH_CUDA={int(cuda)}", *(f"-DFASTDEQ_HAS_{t.upper()}" for t in targets)]
+    flags = {"cxx": ["-O3", "-std=c++20", "-Wall", *defines, *openmp_flags()]}
     make = cpp_extension.CppExtension
     if cuda:
         make = cpp_extension.CUDAExtension

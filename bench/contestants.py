@@ -1,9 +1,12 @@
-"""The contestants: one class each, built from a problem and the settings of its two solves.
+"""The contestants that run in torch: fastdeq and torchdeq.
 
-    infer()        z, without a graph
-    attached(z0)   z with a graph; z0 replaces the start of zeros
-    leaves         (W, x, U, b), what gradients are taken of
-    iterations     of the latest forward and adjoint solve, worst sample; None before it
+    infer()           a state, without a graph
+    attached(z0)      a state with a graph; z0 replaces the start of zeros
+    gradients(s)      of <g, z> in (W, x, U, b), from a state with a graph
+    full()            both
+    tensor(s)         z of a state, as a torch tensor
+    iterations        of the latest forward and adjoint solve, worst sample; None where unknown
+    products          evaluations of W z and of q W in them, worst sample
 
 Everybody gets (W, U, b, x) and computes ``c = U x + b`` once. A setting is a tolerance, or a number
 of iterations for a solver that has no stop test.
@@ -11,54 +14,61 @@ of iterations for a solver that has no stop test.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problems import SCALE, TOL, Problem
+from problems import Problem
 from torch import Tensor
 
 from fastdeq import AffineCell, DEQLayer
 
-# Solvers that return f(z) after a test at z pass with more than TOL: let them.
-TOLERANCES = tuple(
-    TOL * factor for factor in (4, 2.8, 2, 1.4, 1, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.06, 0.03)
-)
-
-MAX_ITER = 40  # torchdeq's default, and enough
+Counts = tuple[int | None, int | None]
 
 
 class Contestant:
+    #: Whether infer() and attached() do the same work, so that one setting serves both.
+    same_forward = True
+
     def __init__(self, problem: Problem):
-        self.problem = problem
+        self.problem, self.spec = problem, problem.spec
         parts = (problem.weight, problem.x, problem.input_weight, problem.bias)
         self.leaves = tuple(part.clone().requires_grad_() for part in parts)
         self.start = torch.zeros(problem.batch, problem.d)
+        self.counting = False  # whether products may be counted in a way that takes time
 
     @property
-    def iterations(self) -> tuple[int | None, int | None]:
+    def iterations(self) -> Counts:
         raise NotImplementedError
 
-    def infer(self) -> Tensor:
+    @property
+    def products(self) -> Counts:
+        return self.iterations
+
+    def infer(self) -> Any:
         raise NotImplementedError
 
-    def attached(self, z0: Tensor | None = None) -> Tensor:
+    def attached(self, z0: Tensor | None = None) -> Any:
         raise NotImplementedError
 
-    def gradients(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Of ``<g, z>`` in ``leaves``. Keeps the graph, so that it can be timed again."""
-        return torch.autograd.grad(z, self.leaves, self.problem.grad, retain_graph=True)
+    def gradients(self, state: Any) -> tuple[Any, ...]:
+        """Keeps the graph, so that it can be timed again."""
+        return torch.autograd.grad(state, self.leaves, self.problem.grad, retain_graph=True)
+
+    def full(self) -> tuple[Any, ...]:
+        return self.gradients(self.attached())
+
+    def tensor(self, state: Any) -> Tensor:
+        return state.detach()
 
 
 class FastDEQ(Contestant):
     def __init__(self, problem: Problem, f_setting: float, b_setting: float, **options: Any):
         super().__init__(problem)
-        d = problem.d
-        cell = AffineCell(d, d, activation="tanh", weight="dense", scale=SCALE)
+        d, spec = problem.d, problem.spec
+        cell = AffineCell(d, d, activation=spec.activation, weight="dense", scale=spec.scale)
         state = {
             "weight.weight": problem.weight,
             "injection.weight": problem.input_weight,
@@ -68,7 +78,12 @@ class FastDEQ(Contestant):
         weight, input_weight, bias = (cell.get_parameter(name) for name in state)
         self.leaves = (weight, self.leaves[1], input_weight, bias)
         self.layer = DEQLayer(
-            cell, tol=f_setting, adjoint_tol=b_setting, on_failure="raise", **options
+            cell,
+            tol=f_setting,
+            adjoint_tol=b_setting,
+            max_iter=max(100, spec.max_iter),
+            on_failure="raise",
+            **options,
         )
 
     def infer(self) -> Tensor:
@@ -79,12 +94,18 @@ class FastDEQ(Contestant):
         return self.layer(self.leaves[1], z0=z0)
 
     @property
-    def iterations(self) -> tuple[int | None, int | None]:
+    def iterations(self) -> Counts:
         forward, adjoint = (
             None if solution is None else int(solution.iterations.max())
             for solution in (self.layer.last_solution, self.layer.last_adjoint_solution)
         )
         return forward, adjoint
+
+    @property
+    def products(self) -> Counts:
+        """One more evaluation verifies the last update; the adjoint's first one is known, D g."""
+        forward, adjoint = self.iterations
+        return None if forward is None else forward + 1, adjoint
 
 
 class TorchDEQ(Contestant):
@@ -93,20 +114,25 @@ class TorchDEQ(Contestant):
     Inference runs in its eval mode, which spares one evaluation of f.
     """
 
+    same_forward = False
+
     def __init__(
         self,
         problem: Problem,
         f_setting: float,
         b_setting: float,
         solver: str,
-        max_iter: int = MAX_ITER,
+        max_iter: int = 0,
+        window: int = 0,
     ):
         import torchdeq
 
         super().__init__(problem)
-        _register_tuned_anderson()
+        if window:
+            solver = _tuned_anderson(window)
         # simple_fixed_point_iter cannot serve as a backward solver: it calls f(z, tau=...).
         simple = solver == "simple_fixed_point_iter"
+        max_iter = max_iter or problem.spec.max_iter
         options = {
             "ift": True,
             "f_solver": solver,
@@ -122,11 +148,31 @@ class TorchDEQ(Contestant):
         self.evaluating = torchdeq.get_deq(**options).eval()
         self._forward_info: dict[str, Tensor] | None = None
         self._adjoint_info: dict[str, Tensor] | None = None
+        self._counted = [0, 0]
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         weight, x, input_weight, bias = self.leaves
         c, transposed = F.linear(x, input_weight, bias), weight.t()
-        return lambda z: torch.tanh(torch.addmm(c, z, transposed))
+        phi = getattr(torch, self.spec.activation)
+
+        def plain(z: Tensor) -> Tensor:
+            return phi(torch.addmm(c, z, transposed))
+
+        self._counted = [0, 0]
+        counted = self._counted
+
+        def count_product(grad: Tensor) -> None:
+            counted[1] += 1
+
+        def counting(z: Tensor) -> Tensor:
+            counted[0] += 1
+            if z.requires_grad:  # inside the adjoint solve only
+                counted[0] -= 1
+                z = z.view_as(z)
+                z.register_hook(count_product)
+            return plain(z)
+
+        return counting if self.counting else plain
 
     def infer(self) -> Tensor:
         with torch.no_grad():
@@ -144,12 +190,16 @@ class TorchDEQ(Contestant):
         self._adjoint_info = info
 
     @property
-    def iterations(self) -> tuple[int | None, int | None]:
+    def iterations(self) -> Counts:
         forward, adjoint = (
             None if info is None else int(info["nstep"].max())
             for info in (self._forward_info, self._adjoint_info)
         )
         return forward, adjoint
+
+    @property
+    def products(self) -> Counts:
+        return self._counted[0], self._counted[1]
 
 
 class TorchDEQSimple(TorchDEQ):
@@ -158,131 +208,24 @@ class TorchDEQSimple(TorchDEQ):
     def __init__(self, problem: Problem, f_setting: float, b_setting: float):
         super().__init__(problem, f_setting, b_setting, "simple_fixed_point_iter")
 
+    @property
+    def iterations(self) -> Counts:
+        return self._told(), super().iterations[1]
 
-def _register_tuned_anderson() -> None:
-    """torchdeq's Anderson with the options that serve it best here.
+    def _told(self) -> int:
+        return int(self.training.f_max_iter)
+
+
+def _tuned_anderson(window: int) -> str:
+    """torchdeq's Anderson with the options that serve it best here; the name it is registered by.
 
     Its ridge is absolute: the default 1e-4 is above the residual's square at the end of a solve,
-    which then takes up to 1.7 times as many iterations. A history of 3 instead of 6 takes at most
-    two more, and each is cheaper.
+    which then takes up to 1.7 times as many iterations on the easy problems, and 5 times on the
+    hard ones. On the easy ones a window of 3 instead of 6 takes at most two more, and each is
+    cheaper; on the hard ones 10 and 20 take fewer than 6.
     """
     from torchdeq.solver import get_solver, register_solver
 
-    register_solver("anderson_tuned", partial(get_solver("anderson"), m=3, lam=1e-8))
-
-
-class Eager(Contestant):
-    """What one writes without a library: two loops and an ``autograd.Function``."""
-
-    def __init__(self, problem: Problem, f_setting: float, b_setting: float):
-        super().__init__(problem)
-        self.tolerances = f_setting, b_setting
-        self.steps: list[int | None] = [None, None]
-
-    @property
-    def iterations(self) -> tuple[int | None, int | None]:
-        return self.steps[0], self.steps[1]
-
-    def infer(self) -> Tensor:
-        with torch.no_grad():
-            return self.attached()
-
-    def attached(self, z0: Tensor | None = None) -> Tensor:
-        weight, x, input_weight, bias = self.leaves
-        start = self.start if z0 is None else z0
-        return _EagerSolve.apply(self, weight, F.linear(x, input_weight, bias), start)
-
-
-class _EagerSolve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, owner: Eager, weight: Tensor, c: Tensor, start: Tensor) -> Tensor:
-        transposed = weight.t()
-        z, owner.steps[0] = _iterate(
-            lambda z: torch.tanh(torch.addmm(c, z, transposed)), start, owner.tolerances[0]
-        )
-        ctx.owner = owner
-        ctx.save_for_backward(weight, z)
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, z = ctx.saved_tensors
-        slope = 1 - z * z
-        q, ctx.owner.steps[1] = _iterate(
-            lambda q: slope * torch.addmm(grad, q, weight), slope * grad, ctx.owner.tolerances[1]
-        )
-        return None, q.t() @ z, q, None
-
-
-def _iterate(f: Callable[[Tensor], Tensor], z: Tensor, tol: float) -> tuple[Tensor, int]:
-    steps = 0
-    while steps < 100:
-        value = f(z)
-        residual = torch.linalg.vector_norm(value - z, dim=1)
-        z = value
-        steps += 1
-        if bool((residual <= tol * torch.linalg.vector_norm(value, dim=1)).all()):
-            break
-    return z, steps
-
-
-class Products(Contestant):
-    """Not a solver: the bare products with U and W that fastdeq's plain iteration needs."""
-
-    def __init__(self, problem: Problem, f_setting: float, b_setting: float):
-        super().__init__(problem)
-        picard = FastDEQ(problem, f_setting, b_setting, solver="picard")
-        picard.infer()
-        self.updates = picard.iterations[0] or 0
-        self.out = torch.empty_like(self.start)
-
-    @property
-    def iterations(self) -> tuple[int | None, int | None]:
-        return self.updates, None
-
-    def infer(self) -> Tensor:
-        problem = self.problem
-        torch.mm(problem.x, problem.input_weight.t(), out=self.out)
-        transposed = problem.weight.t()
-        for _ in range(self.updates + 1):  # the last update is verified by one more evaluation
-            torch.mm(problem.x, transposed, out=self.out)
-        return self.out
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row in the benchmark: how a contestant is built, and what is asked of it.
-
-    ``forward_settings`` run from the loosest to the tightest; without any, nothing is verified.
-    """
-
-    name: str
-    build: Callable[[Problem, float, float], Contestant]  # problem, forward and adjoint setting
-    forward_settings: Sequence[float] = TOLERANCES
-    modes: tuple[str, ...] = ("forward", "backward", "full")
-    needs: str = ""  # a package
-
-    @property
-    def missing(self) -> str:
-        """Why it cannot take part; empty when it can."""
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed (`pip install 'fastdeq[bench]'`)"
-        return ""
-
-
-def _torchdeq(name: str, solver: str, **options: Any) -> Entry:
-    build = partial(TorchDEQ, solver=solver, **options)
-    return Entry(f"torchdeq-{name}", build, needs="torchdeq")
-
-
-ENTRIES = (
-    Entry("fastdeq-auto", FastDEQ),
-    Entry("fastdeq-picard", partial(FastDEQ, solver="picard", adjoint="neumann")),
-    _torchdeq("fixed-point", "fixed_point_iter"),
-    Entry("torchdeq-simple", TorchDEQSimple, range(1, MAX_ITER + 1), needs="torchdeq"),
-    _torchdeq("anderson", "anderson_tuned"),
-    # It allocates and clears max_iter states, and needs fewer than the others.
-    _torchdeq("broyden", "broyden", max_iter=25),
-    Entry("eager-loop", Eager),
-    Entry("bare-products", Products, (), modes=("forward",)),
-)
+    name = f"anderson_tuned_{window}"
+    register_solver(name, partial(get_solver("anderson"), m=window, lam=1e-8))
+    return name

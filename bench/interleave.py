@@ -7,84 +7,114 @@ whatever else the machine does meanwhile meets everybody alike. Ratios are ratio
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
-from contestants import ENTRIES, TOLERANCES, Entry
-from problems import TOL, Problem
-
-from fastdeq import ConvergenceError
+from contestants import Counts
+from entries import entries_of, is_reference
+from problems import Spec
+from verify import NotReachedError, prepare
 
 MODES = ("forward", "backward", "full")
-SECONDS = 5.0  # per size and mode
+SECONDS = 3.5  # per race, half of it for warm-up runs
+SECONDS_SCALING = 1.5
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
-
-_problem = cache(Problem)
-
-
-class NotReachedError(Exception):
-    """A contestant cannot take part; the message says why."""
-
-
-@dataclass
-class Ready:
-    """A contestant that was verified, and the call to time."""
-
-    run: Callable[[], Any]
-    iterations: str
-    facts: dict[str, Any]
+_LONG = 0.05  # seconds from which a run need not be preceded by another to warm the caches
+# A contestant that takes more than both in one run is left out of a race.
+_DROP_SECONDS, _DROP_RATIO = 3.0, 20.0
 
 
 @dataclass
 class Race:
     """Everybody on one problem in one mode."""
 
-    size: tuple[int, int]
+    spec: Spec
     mode: str
-    ready: dict[str, Ready] = field(default_factory=dict)
+    runs: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    iterations: dict[str, Counts] = field(default_factory=dict)
+    products: dict[str, Counts] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     medians: dict[str, float] = field(default_factory=dict)  # seconds
     rounds: int = 0
 
     @property
     def reference(self) -> str | None:
-        """torchdeq's fastest solver here; None where it did not run."""
-        names = [name for name in self.medians if name.startswith("torchdeq-")]
+        """torchdeq's fastest solver with a stop test here; None where none ran."""
+        names = filter(is_reference, self.medians)
         return min(names, key=self.medians.__getitem__, default=None)
 
-    def ratio(self, name: str) -> float | None:
-        """Time relative to the reference: below 1 is faster."""
-        return self.medians[name] / self.medians[self.reference] if self.reference else None
+    def ratio(self, name: str, to: str | None = None) -> float | None:
+        """Time relative to ``to``, or to the reference: below 1 is faster."""
+        to = to or self.reference
+        if name not in self.medians or to not in self.medians:
+            return None
+        return self.medians[name] / self.medians[to]
+
+
+@contextlib.contextmanager
+def threads_of(spec: Spec) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(spec.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache
-def race(size: tuple[int, int], mode: str, timed: bool = True) -> Race:
-    """Verifies everybody and, where ``timed``, runs the rounds; once per size and mode."""
-    result = Race(size, mode)
-    for entry in ENTRIES:
-        if mode not in entry.modes:
-            continue
-        try:
-            result.ready[entry.name] = _prepare(entry, size, mode)
-        except NotReachedError as reason:
-            result.skipped[entry.name] = str(reason)
-    if timed:
-        _run_rounds(result)
+def race(spec: Spec, mode: str, timed: bool = True, scaling: bool = False) -> Race:
+    """Verifies everybody and, where ``timed``, runs the rounds; once per arguments."""
+    result = Race(spec, mode)
+    with threads_of(spec):
+        for entry in entries_of(spec, scaling):
+            try:
+                ready = prepare(entry, spec, mode)
+            except NotReachedError as reason:
+                result.skipped[entry.name] = str(reason)
+                continue
+            result.runs[entry.name], result.facts[entry.name] = ready.run, ready.facts
+            result.iterations[entry.name] = ready.iterations
+            result.products[entry.name] = ready.products
+        if timed:
+            long = _drop_slow(result)
+            _run_rounds(result, long, SECONDS_SCALING if scaling else SECONDS)
     return result
 
 
-def _run_rounds(result: Race) -> None:
-    order = list(result.ready)
+def _time(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _drop_slow(result: Race) -> set[str]:
+    """Leaves out who would hold up the race; returns who takes long."""
+    once = {name: _time(run) for name, run in result.runs.items()}
+    best = min((seconds for name, seconds in once.items() if is_reference(name)), default=None)
+    for name, seconds in once.items():
+        if best and seconds > _DROP_SECONDS and seconds > _DROP_RATIO * best:
+            del result.runs[name]
+            result.skipped[name] = (
+                f"left out: one run took {seconds:.1f} s, {seconds / best:.0f} times as long as "
+                "torchdeq's fastest solver"
+            )
+    return {name for name, seconds in once.items() if seconds > _LONG}
+
+
+def _run_rounds(result: Race, long: set[str], seconds: float) -> None:
+    order = list(result.runs)
     times: dict[str, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + seconds
     gc.collect()
     gc.disable()
     try:
@@ -93,92 +123,11 @@ def _run_rounds(result: Race) -> None:
                 break
             shuffle(order)
             for name in order:
-                run = result.ready[name].run
-                run()  # not timed: brings the contestant's data back into the caches
-                begin = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - begin)
+                if name not in long:
+                    result.runs[name]()  # brings the contestant's data back into the caches
+                times[name].append(_time(result.runs[name]))
             gc.collect(0)
             result.rounds += 1
     finally:
         gc.enable()
     result.medians = {name: statistics.median(values) for name, values in times.items()}
-
-
-def _prepare(entry: Entry, size: tuple[int, int], mode: str) -> Ready:
-    if entry.missing:
-        raise NotReachedError(entry.missing)
-    problem = _problem(*size)
-    if mode == "forward":
-        return _prepare_forward(entry, problem)
-    forward, adjoint = _training_settings(entry, problem)
-    contestant = entry.build(problem, forward, adjoint)
-    z = contestant.attached()
-    grads = contestant.gradients(z)
-    error, bound = problem.gradient_error(*grads[:2]), problem.gradient_bound
-    if not error.within(bound):
-        raise NotReachedError(f"its gradient is off by {error}, where {bound} can be explained")
-    facts = {
-        "residual": problem.state_residual(z),
-        "gradient_error_weight": error.weight,
-        "gradient_error_x": error.x,
-        "forward_setting": forward,
-        "adjoint_setting": adjoint,
-    }
-    steps = contestant.iterations
-    if mode == "backward":
-        return Ready(lambda: contestant.gradients(z), str(steps[1]), facts)
-    both = f"{steps[0]}+{steps[1]}"
-    return Ready(lambda: contestant.gradients(contestant.attached()), both, facts)
-
-
-def _prepare_forward(entry: Entry, problem: Problem) -> Ready:
-    if not entry.forward_settings:
-        contestant, facts = entry.build(problem, TOL, TOL), {}
-        contestant.infer()
-    else:
-        setting = _loosest(
-            entry.forward_settings,
-            lambda s: problem.state_residual(entry.build(problem, s, TOL).infer()),
-            problem.allowed,
-        )
-        contestant = entry.build(problem, setting, TOL)
-        residual = problem.state_residual(contestant.infer())
-        facts = {"residual": residual, "forward_setting": setting}
-    return Ready(contestant.infer, str(contestant.iterations[0]), facts)
-
-
-@cache
-def _training_settings(entry: Entry, problem: Problem) -> tuple[float, float]:
-    """The loosest settings at which the state with a graph, and the adjoint, reach TOL."""
-    forward = _loosest(
-        entry.forward_settings,
-        lambda s: problem.state_residual(entry.build(problem, s, TOL).attached()),
-        problem.allowed,
-    )
-
-    # The adjoint on its own: started at z*, so that no error of the state is taken for one of it.
-    def adjoint_residual(setting: float) -> float:
-        contestant = entry.build(problem, forward, setting)
-        z = contestant.attached(problem.solution.float())
-        return problem.adjoint_residual(contestant.gradients(z)[1])
-
-    return forward, _loosest(TOLERANCES, adjoint_residual, problem.allowed)
-
-
-def _loosest(settings: Any, residual: Callable[[float], float], allowed: float) -> float:
-    """The first of ``settings``, which run from loose to tight, whose residual is allowed."""
-    best, failure = float("inf"), ""
-    for setting in settings:
-        try:
-            reached = residual(setting)
-        except (torch.linalg.LinAlgError, ConvergenceError) as error:
-            failure = f"; at {setting:g}: {error}"
-            continue
-        if reached <= allowed:
-            return setting
-        best = min(best, reached)
-    raise NotReachedError(
-        f"no setting down to {settings[-1]:g} reaches a residual of {allowed:.3g} in float64; "
-        f"the best was {best:.3g}{failure}"
-    )

@@ -46,17 +46,18 @@ FASTDEQ_HOST_DEVICE inline AndersonOutcome solve_small(const double* gram, int64
                                                        int64_t count,
                                                        const AndersonOptions& options, double* work,
                                                        double* gamma) {
-  const int64_t p = slots - 1;
+  const int64_t p = count < slots - 1 ? count : slots - 1;  // columns in use
   const auto g = [&](int64_t i, int64_t j) { return gram[i * stride0 + j * stride1]; };
   const double newest = g(slot, slot);
   double* matrix = work;         // p x p
   double* scale = work + p * p;  // p: inverse norm of a column, 0 where it is not used
   int32_t dropped = 0;
 
+  for (int64_t i = p; i < slots - 1; ++i) gamma[i] = 0;
   for (int64_t i = 0; i < p; ++i) {
     const int64_t si = slot_of(slot, i + 1, slots);
     const double square = newest - 2 * g(slot, si) + g(si, si);
-    const bool usable = i < count && square > 0 && std::isfinite(square);
+    const bool usable = square > 0 && std::isfinite(square);
     scale[i] = usable ? 1 / std::sqrt(square) : 0;
     gamma[i] = usable ? (newest - g(slot, si)) * scale[i] : 0;
   }
@@ -74,7 +75,7 @@ FASTDEQ_HOST_DEVICE inline AndersonOutcome solve_small(const double* gram, int64
   for (int64_t j = 0; j < p; ++j) {  // Gauss-Jordan; the pivots are those of an LDL^T
     const double pivot = matrix[j * p + j];
     if (scale[j] == 0 || !(pivot > options.rank_tolerance)) {
-      dropped += j < count;
+      ++dropped;
       scale[j] = 0;
       continue;
     }

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import driver, ops, reference
+from .activations import ACTIVATIONS
 from .solution import Solution
 from .solvers import SOLVERS, Solver
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, ...]
 
 
 def encode(solver: Solver) -> tuple[str, list[float]]:
@@ -51,28 +52,41 @@ def unit_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
 def solve_affine(
     weight: Tensor,
     injection: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     activation: str,
     solver: str,
     solver_options: Sequence[float],
     tol: float,
     max_iter: int,
+    precision: str = "auto",
+    slope: bool = False,
     *,
     anderson_mix: Callable[..., Any] | None = None,
 ) -> Outputs:
-    """Solves ``z = phi(z W^T + c)``: weight ``(d, d)``, injection and start ``(B, d)``."""
-    dtype = working_dtype(weight, injection, start)
+    """Solves ``z = phi(z W^T + c)``: weight ``(d, d)``, injection and start ``(B, d)``.
+
+    With ``slope`` the last output is ``phi'(z W^T + c)`` ``(B, d)`` at the value, 0 for samples
+    that ended NONFINITE.
+    """
+    dtype = working_dtype(weight, injection, *([] if start is None else [start]))
     w, c = weight.to(dtype), injection.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
             lambda z: reference.affine_step(w, c, z, activation),
-            start.to(dtype),
+            torch.zeros_like(c) if start is None else start.to(dtype),
             SOLVERS[solver](*solver_options),
             tol=tol,
             max_iter=max_iter,
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,
+            # W 0 = 0: no product for the evaluation at zero.
+            start_value=ACTIVATIONS[activation].function(c) if start is None else None,
         )
-    return _outputs(solution, injection.dtype)
+        value_slope = c.new_empty(0)
+        if slope:
+            pre = torch.addmm(c, solution.value, w.t())
+            value_slope = ACTIVATIONS[activation].slope(pre)
+            value_slope = torch.where(solution.nonfinite.unsqueeze(1), 0.0, value_slope)
+    return *_outputs(solution, injection.dtype), value_slope
 
 
 def solve_affine_adjoint(
@@ -83,12 +97,18 @@ def solve_affine_adjoint(
     solver_options: Sequence[float],
     tol: float,
     max_iter: int,
+    precision: str = "auto",
     *,
     anderson_mix: Callable[..., Any] | None = None,
 ) -> Outputs:
-    """Solves ``q = D (g + q W)``: weight ``(d, d)``, slope D and grad g ``(B, d)``."""
+    """Solves ``q = D (g + q W)``: weight ``(d, d)``, slope D and grad g ``(B, d)``.
+
+    A row of g that is not finite gives NaN: gradient scalers look for it. A row of zeros in D gives
+    zeros, whatever g is.
+    """
     dtype = working_dtype(weight, slope, grad)
     w, d = weight.to(dtype), slope.to(dtype)
+    grad = torch.where(d.any(1, keepdim=True), grad, 0.0)
     g, length = unit_rows(grad.to(dtype))
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
@@ -100,7 +120,10 @@ def solve_affine_adjoint(
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,
             start_value=d * g,
         )
-    return _outputs(solution.with_value(solution.value * length), grad.dtype)
+    value = torch.where(
+        grad.isfinite().all(1, keepdim=True), solution.value * length, torch.nan
+    )
+    return _outputs(solution.with_value(value), grad.dtype)
 
 
 _BODIES: dict[str, Callable[..., Outputs]] = {
@@ -108,7 +131,8 @@ _BODIES: dict[str, Callable[..., Outputs]] = {
     "solve_affine_adjoint": solve_affine_adjoint,
 }
 for _name, _body in _BODIES.items():
-    torch.library.impl(f"fastdeq::{_name}", "CompositeExplicitAutograd")(_body)
+    for _suffix in ("", "_reference"):
+        torch.library.impl(f"fastdeq::{_name}{_suffix}", "CompositeExplicitAutograd")(_body)
 
 
 def _outputs(solution: Solution, dtype: torch.dtype) -> Outputs:
@@ -134,23 +158,52 @@ def _fake(value: Tensor, solver: str, *inputs: Tensor) -> Outputs:
     )
 
 
-@torch.library.register_fake("fastdeq::solve_affine")
 def _solve_affine_fake(
-    weight: Tensor, injection: Tensor, start: Tensor, activation: str, solver: str, *_: Any
+    weight: Tensor,
+    injection: Tensor,
+    start: Tensor | None,
+    activation: str,
+    solver: str,
+    solver_options: Sequence[float],
+    tol: float,
+    max_iter: int,
+    precision: str = "auto",
+    slope: bool = False,
 ) -> Outputs:
-    return _fake(injection, solver, weight, injection, start)
+    outputs = _fake(injection, solver, *(t for t in (weight, injection, start) if t is not None))
+    shape = injection.shape if slope else (0,)
+    return *outputs, injection.new_empty(shape, dtype=outputs[3].dtype)
 
 
-@torch.library.register_fake("fastdeq::solve_affine_adjoint")
 def _solve_affine_adjoint_fake(
     weight: Tensor, slope: Tensor, grad: Tensor, solver: str, *_: Any
 ) -> Outputs:
     return _fake(grad, solver, weight, slope, grad)
 
 
-def chosen(name: str, backend: str, device: torch.device) -> Callable[..., Outputs]:
-    """The whole solve ``name`` in the form that ``backend`` names, for tensors on ``device``."""
+for _suffix in ("", "_reference"):
+    torch.library.register_fake(f"fastdeq::solve_affine{_suffix}")(_solve_affine_fake)
+    torch.library.register_fake(f"fastdeq::solve_affine_adjoint{_suffix}")(
+        _solve_affine_adjoint_fake
+    )
+
+
+# The solvers of the C++ engine; the rest of csrc/cpu/solve_affine.cpp is the operator's "_reference".
+CPP_SOLVERS = ("picard", "neumann", "anderson")
+
+
+def chosen(name: str, backend: str, device: torch.device, solver: Solver) -> Callable[..., Outputs]:
+    """The whole solve ``name`` in the form that ``backend`` names, for tensors on ``device``.
+
+    Raises:
+        ops.BackendError: an explicit backend that cannot serve this device or this solver.
+    """
     anderson_mix = ops.implementation(backend, device)
-    if backend == "auto":
+    if backend == "cpp" and solver.name not in CPP_SOLVERS:
+        raise ops.BackendError(
+            f"backend='cpp' has no solver {solver.name!r} for affine cells; it has "
+            f"{', '.join(map(repr, CPP_SOLVERS))}. backend='auto' serves them all."
+        )
+    if backend in ("auto", "cpp"):
         return getattr(torch.ops.fastdeq, name)  # type: ignore[no-any-return]
     return functools.partial(_BODIES[name], anderson_mix=anderson_mix)

@@ -110,26 +110,34 @@ def solve_map(
 def solve_affine(
     weight: Tensor,
     injection: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     activation: str,
     options: Options,
     structure: Structure,
     report: Report,
 ) -> tuple[Tensor, Solution]:
-    """The fused path: ``z = phi(z W^T + c)``, weight ``(d, d)``, injection and start ``(B, d)``."""
+    """The fused path: ``z = phi(z W^T + c)``, weight ``(d, d)``, injection and start ``(B, d)``.
+
+    Without a start it starts from zeros.
+    """
     solver = choose(options.solver, structure, adjoint=False)
-    plan = functions.AffinePlan(activation, solver, options.tol, options.max_iter, options.backend)
-    adjoint = adjoint_plan(options, structure, injection.device, report)
-    z, status, iterations, residual, rejects = functions.AffineFixedPoint.apply(
-        plan, adjoint, weight, injection, start.detach()
+    plan = functions.AffinePlan(
+        activation, solver, options.tol, options.max_iter, options.precision, options.backend
     )
+    wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
+    if wanted and options.gradient == "implicit":
+        adjoint = adjoint_plan(options, structure, injection.device, report)
+        outputs = functions.AffineFixedPoint.apply(plan, adjoint, weight, injection, start)
+    else:
+        outputs = plan.solve(weight.detach(), injection.detach(), start, slope=False)
+    z, status, iterations, residual, rejects, _ = outputs
     counters = dict(zip(solver.rejects, rejects.unbind(1), strict=True))
     solution = Solution(z.detach(), status, iterations, residual, counters)
-    if options.gradient == "one_step":
+    if wanted and options.gradient == "one_step":
         phi = ACTIVATIONS[activation].function
         failed = solution.nonfinite.unsqueeze(1)
         attached = functions.one_step(lambda r: phi(torch.addmm(injection, r, weight.t())), z)
-        z = torch.where(failed, z.detach(), attached)
+        z = torch.where(failed, z, attached)
     return z, solution
 
 
@@ -137,6 +145,12 @@ def adjoint_plan(
     options: Options, structure: Structure, device: torch.device, report: Report
 ) -> functions.AdjointPlan:
     tol, max_iter = options.adjoint_limits()
-    solver = choose(options.adjoint, structure, adjoint=True)
-    anderson_mix = ops.implementation(options.backend, device)
-    return functions.AdjointPlan(solver, tol, max_iter, options.backend, anderson_mix, report)
+    return functions.AdjointPlan(
+        choose(options.adjoint, structure, adjoint=True),
+        tol,
+        max_iter,
+        options.precision,
+        options.backend,
+        ops.implementation(options.backend, device),
+        report,
+    )

@@ -18,7 +18,7 @@ with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers loo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,13 +45,14 @@ class AdjointPlan:
     solver: Solver
     tol: float
     max_iter: int
+    precision: str
     backend: str
     anderson_mix: Callable[..., Any]
     report: Callable[[Solution], None] = field(default=_ignore)
 
     def silent(self) -> AdjointPlan:
         """The same plan for a derivative of the gradient, which nobody follows."""
-        return AdjointPlan(self.solver, self.tol, self.max_iter, self.backend, self.anderson_mix)
+        return replace(self, report=_ignore)
 
 
 def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
@@ -188,23 +189,42 @@ class AffinePlan:
     solver: Solver
     tol: float
     max_iter: int
+    precision: str
     backend: str
+
+    def solve(
+        self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool
+    ) -> affine.Outputs:
+        solve = affine.chosen("solve_affine", self.backend, c.device, self.solver)
+        return solve(
+            weight,
+            c,
+            start,
+            self.activation,
+            *affine.encode(self.solver),
+            self.tol,
+            self.max_iter,
+            self.precision,
+            slope,
+        )
 
 
 class AffineFixedPoint(Function):
-    """``z = phi(z W^T + c)`` from a start: z and the parts of its ``Solution``."""
+    """``z = phi(z W^T + c)`` from a start: z and the other outputs of ``ops.solve_affine``."""
 
     @staticmethod
     def forward(
-        ctx: Any, plan: AffinePlan, adjoint: AdjointPlan, weight: Tensor, c: Tensor, start: Tensor
+        ctx: Any,
+        plan: AffinePlan,
+        adjoint: AdjointPlan,
+        weight: Tensor,
+        c: Tensor,
+        start: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        solve = affine.chosen("solve_affine", plan.backend, c.device)
-        outputs = solve(
-            weight, c, start, plan.activation, *affine.encode(plan.solver), plan.tol, plan.max_iter
-        )
-        z, status = outputs[:2]
+        outputs = plan.solve(weight, c, start, slope=True)
+        z, status, *_, slope = outputs
         ctx.activation, ctx.adjoint = plan.activation, adjoint
-        ctx.save_for_backward(weight, c, z, status)
+        ctx.save_for_backward(weight, c, z, status, slope)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
@@ -213,14 +233,16 @@ class AffineFixedPoint(Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        weight, c, z, status = ctx.saved_tensors
-        failed = (status == int(Status.NONFINITE)).unsqueeze(1)
-        dtype = affine.working_dtype(weight, c)
-        w, at = weight.to(dtype), z.to(dtype)
+        weight, c, z, status, slope = ctx.saved_tensors
+        dtype = slope.dtype
+        w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
         with torch.autocast(z.device.type, enabled=False):
-            pre = torch.addmm(c.to(dtype), at, w.t())
-            slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
-            q = LinearSolve.apply(ctx.adjoint, w, slope, torch.where(failed, 0.0, grad.to(dtype)))
+            if torch.is_grad_enabled():  # a derivative of this gradient needs D as a function
+                failed = (status == int(Status.NONFINITE)).unsqueeze(1)
+                pre = torch.addmm(c.to(dtype), at, w.t())
+                slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
+                g = torch.where(failed, 0.0, g)
+            q = LinearSolve.apply(ctx.adjoint, w, slope, g)
             grad_weight = (q.t() @ at).to(weight.dtype) if ctx.needs_input_grad[2] else None
         return None, None, grad_weight, q.to(c.dtype), None
 
@@ -230,13 +252,19 @@ class LinearSolve(Function):
 
     @staticmethod
     def forward(ctx: Any, plan: AdjointPlan, weight: Tensor, slope: Tensor, grad: Tensor) -> Tensor:
-        solve = affine.chosen("solve_affine_adjoint", plan.backend, grad.device)
-        outputs = solve(weight, slope, grad, *affine.encode(plan.solver), plan.tol, plan.max_iter)
-        value, status, iterations, residual, rejects = outputs
+        solve = affine.chosen("solve_affine_adjoint", plan.backend, grad.device, plan.solver)
+        q, status, iterations, residual, rejects = solve(
+            weight,
+            slope,
+            grad,
+            *affine.encode(plan.solver),
+            plan.tol,
+            plan.max_iter,
+            plan.precision,
+        )
         if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
             counters = dict(zip(plan.solver.rejects, rejects.unbind(1), strict=True))
-            plan.report(Solution(value, status, iterations, residual, counters))
-        q = _propagate_nonfinite(value, grad)
+            plan.report(Solution(q, status, iterations, residual, counters))
         ctx.plan = plan
         ctx.save_for_backward(weight, slope, grad, q)
         ctx.set_materialize_grads(False)

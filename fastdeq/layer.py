@@ -133,7 +133,7 @@ class DEQLayer(nn.Module):
     def _solve_affine(self, x: Tensor, z0: Tensor | None) -> tuple[Tensor, Solution]:
         cell: AffineCell = self.cell
         injection = cell.inject(x)
-        start = torch.zeros_like(injection) if z0 is None else cell.check_state(z0, injection)
+        start = None if z0 is None else cell.check_state(z0, injection).detach()
         return solve_affine(
             cell.recurrent_weight(),
             injection,

@@ -32,19 +32,23 @@ SCHEMAS = {
         "float damping, float regularization, float rank_tolerance, float max_weight) "
         "-> (Tensor z, Tensor dropped, Tensor rejected)"
     ),
-    # The two solves return value (B, d), status (B,) int8, iterations (B,) int32, residual (B,)
-    # and rejects (B, number of reasons) int32; their bodies are in affine.py.
-    "solve_affine": (
-        "(Tensor weight, Tensor injection, Tensor start, str activation, str solver, "
-        "float[] solver_options, float tol, int max_iter) "
-        "-> (Tensor value, Tensor status, Tensor iterations, Tensor residual, Tensor rejects)"
-    ),
-    "solve_affine_adjoint": (
-        "(Tensor weight, Tensor slope, Tensor grad, str solver, "
-        "float[] solver_options, float tol, int max_iter) "
-        "-> (Tensor value, Tensor status, Tensor iterations, Tensor residual, Tensor rejects)"
-    ),
 }
+# The two solves return value (B, d), status (B,) int8, iterations (B,) int32, residual (B,) and
+# rejects (B, number of reasons) int32; the forward one also phi' at the value, empty unless asked
+# for. Their bodies are in affine.py, under a second name as well: a faster form leaves to that
+# what it does not serve itself.
+for _suffix in ("", "_reference"):
+    SCHEMAS["solve_affine" + _suffix] = (
+        "(Tensor weight, Tensor injection, Tensor? start, str activation, str solver, "
+        "float[] solver_options, float tol, int max_iter, str precision='auto', bool slope=False) "
+        "-> (Tensor value, Tensor status, Tensor iterations, Tensor residual, Tensor rejects, "
+        "Tensor value_slope)"
+    )
+    SCHEMAS["solve_affine_adjoint" + _suffix] = (
+        "(Tensor weight, Tensor slope, Tensor grad, str solver, "
+        "float[] solver_options, float tol, int max_iter, str precision='auto') "
+        "-> (Tensor value, Tensor status, Tensor iterations, Tensor residual, Tensor rejects)"
+    )
 
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"fastdeq::{_name}", _schema)

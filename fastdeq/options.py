@@ -13,7 +13,7 @@ from .solution import ON_FAILURE
 from .solvers import Solver, Structure, choose
 
 GRADIENTS = ("implicit", "one_step")
-PRECISIONS = ("auto", "float32")
+PRECISIONS = ("auto", "float32", "mixed")
 
 
 @dataclass(frozen=True)

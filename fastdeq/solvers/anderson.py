@@ -35,6 +35,8 @@ class _State:
     trusted_value: Tensor  # (B, n): f at the last point that was not taken back
     trusted_norm: Tensor  # (B,): its residual norm
     accelerated: Tensor  # (B,) bool: the current point came from a mixing step
+    plain: Tensor  # (B,) bool: no acceleration yet
+    previous_norm: Tensor  # (B,): residual norm one step before
     safeguard: Tensor  # (B,) int32 counters
     weight_cap: Tensor
     rank_cut: Tensor
@@ -51,6 +53,9 @@ class Anderson(CheckedOptions):
         rank_tolerance: pivots at or below it, relative to a unit column, drop the column, >= 0.
         max_weight: largest 1-norm of gamma; beyond it the sample takes the plain step.
         safeguard: a step may raise the residual norm by this factor, >= 1, before it is taken back.
+        accelerate_above: a sample takes plain steps, and keeps no history, for as long as each
+            reduces its residual norm to this fraction of the one before or less, in [0, 1]; after
+            the first that does not it is accelerated to the end. 0: accelerated at once.
     """
 
     window: int = 5
@@ -59,6 +64,7 @@ class Anderson(CheckedOptions):
     rank_tolerance: float = 1e-10
     max_weight: float = 1e8
     safeguard: float = 2.0
+    accelerate_above: float = 0.0
 
     name: ClassVar[str] = "anderson"
     linear: ClassVar[bool] = False
@@ -76,6 +82,7 @@ class Anderson(CheckedOptions):
         check_range("Anderson", "rank_tolerance", self.rank_tolerance, 0.0, inf, ">= 0")
         check_range("Anderson", "max_weight", self.max_weight, 0.0, inf, ">= 0")
         check_range("Anderson", "safeguard", self.safeguard, 1.0, inf, ">= 1")
+        check_range("Anderson", "accelerate_above", self.accelerate_above, 0.0, 1.0, "in [0, 1]")
 
     def suits(self, structure: Structure) -> bool:
         return True
@@ -94,6 +101,8 @@ class Anderson(CheckedOptions):
             trusted_value=point,
             trusted_norm=point.new_full((batch,), torch.inf),
             accelerated=zeros.bool(),
+            plain=torch.full_like(zeros, self.accelerate_above > 0, dtype=torch.bool),
+            previous_norm=point.new_full((batch,), torch.inf),
             safeguard=zeros.clone(),
             weight_cap=zeros.clone(),
             rank_cut=zeros.clone(),
@@ -105,6 +114,8 @@ class Anderson(CheckedOptions):
         finite = norm.isfinite()
         # NaN compares false: "not (norm <= limit)" takes a non-finite step back as well.
         back = state.accelerated & ~(norm <= self.safeguard * state.trusted_norm)
+        state.plain &= norm <= self.accelerate_above * state.previous_norm
+        state.previous_norm = norm
         column = back.unsqueeze(1)
         state.f_history[:, state.slot] = value
         state.g_history[:, state.slot] = value - point
@@ -129,7 +140,8 @@ class Anderson(CheckedOptions):
         state.rank_cut += (dropped > 0) & ~back & running
         state.accelerated = ~back & ~rejected & (state.count > 0)
         # The history restarts after a step taken back; its newest entry is not counted either.
-        state.count = torch.where(back, 0, (state.count + 1).clamp(max=self.window))
+        forget = back | state.plain
+        state.count = torch.where(forget, 0, (state.count + 1).clamp(max=self.window))
         state.slot = (state.slot + 1) % (self.window + 1)
         return Step(following, None, ~finite & ~back)
 

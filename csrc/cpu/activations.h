@@ -1,0 +1,146 @@
+// The activations of fastdeq/activations.py on vectors: value(p) = phi(p) and slope(p) = phi'(p) by
+// the same formulas, with the same results for NaN. At +-inf they are finite or infinite where
+// PyTorch's are NaN only by way of its own kernels (gelu(inf)); inf times 0 stays NaN.
+//
+// FASTDEQ_FOR_EACH_ACTIVATION(F) expands to F("identity", Identity) F("relu", Relu) ... in the order
+// of the table there, for dispatchers.
+
+#pragma once
+
+#include "vector_math.h"
+
+#define FASTDEQ_FOR_EACH_ACTIVATION(F) \
+  F("identity", Identity)              \
+  F("relu", Relu)                      \
+  F("leaky_relu", LeakyRelu)           \
+  F("tanh", Tanh)                      \
+  F("hardtanh", Hardtanh)              \
+  F("sigmoid", Sigmoid)                \
+  F("softplus", Softplus)              \
+  F("elu", Elu)                        \
+  F("gelu", Gelu)                      \
+  F("silu", Silu)
+
+namespace fastdeq {
+namespace FASTDEQ_TARGET {
+
+struct Identity {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return p;
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T>) {
+    return splat(T(1));
+  }
+};
+
+struct Relu {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return max(p, T(0));
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    return select(p > T(0), splat(T(1)), splat(T(0)));
+  }
+};
+
+struct LeakyRelu {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return select(p > T(0), p, p * T(0.01));
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    return select(p > T(0), splat(T(1)), splat(T(0.01)));
+  }
+};
+
+struct Tanh {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return tanh(p);
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    const Vec<T> t = tanh(p);
+    return T(1) - t * t;
+  }
+};
+
+struct Hardtanh {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return min(max(p, T(-1)), T(1));
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    return select(abs(p) < T(1), splat(T(1)), splat(T(0)));
+  }
+};
+
+struct Sigmoid {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return sigmoid(p);
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    const Vec<T> s = sigmoid(p);
+    return s * (T(1) - s);
+  }
+};
+
+struct Softplus {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return select(p > T(20), p, log1p(exp(p)));
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    return sigmoid(p);
+  }
+};
+
+struct Elu {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return select(p > T(0), p, expm1(p));
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    return exp(min(p, T(0)));
+  }
+};
+
+struct Gelu {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> cdf(Vec<T> p) {
+    return T(0.5) * (T(1) + erf(p * T(0.70710678118654752440)));
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return p * cdf<T>(p);
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    const Vec<T> density = exp(T(-0.5) * p * p) * T(0.39894228040143267794);  // 1 / sqrt(2 pi)
+    return cdf<T>(p) + p * density;
+  }
+};
+
+struct Silu {
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> value(Vec<T> p) {
+    return p * sigmoid(p);
+  }
+  template <class T>
+  static FASTDEQ_INLINE Vec<T> slope(Vec<T> p) {
+    const Vec<T> s = sigmoid(p);
+    return s * (T(1) + p * (T(1) - s));
+  }
+};
+
+}  // namespace FASTDEQ_TARGET
+}  // namespace fastdeq

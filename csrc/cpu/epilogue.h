@@ -1,0 +1,108 @@
+// What follows a product, per line and panel: pre-activation, value, residual, next difference.
+//
+//   exact   pre  = product + c          low   pre += product
+//   value = phi(pre), adjoint: D pre
+//   square_difference += |value - point|^2,  square_value += |value|^2
+//   delta = bfloat16(damping (value - point)), where the ramp is on: the plain step
+//
+// The product comes from a buffer in the first-level cache; everything else is read and written
+// once.
+
+#pragma once
+
+#include "activations.h"
+#include "line.h"
+
+namespace fastdeq {
+namespace FASTDEQ_TARGET {
+
+template <typename T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t n) {
+  for (int64_t i = n; i < kLanes<T>; ++i) v[i] = 0;
+  return v;
+}
+
+#if defined(FASTDEQ_BFLOAT16)
+inline void store_low(uint16_t* to, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
+template <typename Activation>
+struct Forward {
+  template <typename T>
+  static Vec<T> apply(Vec<T> pre, const Line<T>&, int64_t) {
+    return Activation::template value<T>(pre);
+  }
+};
+
+struct Adjoint {
+  template <typename T>
+  static Vec<T> apply(Vec<T> pre, const Line<T>& line, int64_t j) {
+    return load(line.slope + j) * pre;
+  }
+};
+
+// For the outputs begin <= j < end of one line; begin is a multiple of a vector.
+template <typename T, typename Map>
+void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t begin,
+              int64_t end, bool low) {
+  const T* base = low ? line.pre : line.injection;
+  const Vec<T> damping = splat<T>(T(task.damping));
+  Vec<T> square_difference = {}, square_value = {};
+  for (int64_t j = begin; j < end; j += kLanes<T>) {
+    const Vec<T> pre = load(product + (j - begin)) + load(base + j);
+    Vec<T> value = Map::template apply<T>(pre, line, j);
+    if (end - j < kLanes<T>) value = first_lanes<T>(value, end - j);
+    const Vec<T> difference = value - load(line.point + j);
+    square_difference += difference * difference;
+    square_value += value * value;
+    store(line.pre + j, pre);
+    store(line.value + j, value);
+#if defined(FASTDEQ_BFLOAT16)
+    if constexpr (sizeof(T) == 4) {
+      if (line.delta != nullptr) store_low(line.delta + j, damping * difference);
+    }
+#endif
+  }
+  (void)damping;
+  line.square_difference += double(sum(square_difference));
+  line.square_value += double(sum(square_value));
+}
+
+template <typename T>
+using Epilogue = void (*)(const SolveTask<T>&, Line<T>&, const T*, int64_t, int64_t, bool);
+
+template <typename T>
+Epilogue<T> epilogue_for(const SolveTask<T>& task) {
+  if (task.slope != nullptr) return &epilogue<T, Adjoint>;
+  int index = 0;
+#define FASTDEQ_CHOOSE(name, functor) \
+  if (index++ == task.activation) return &epilogue<T, Forward<functor>>;
+  FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
+#undef FASTDEQ_CHOOSE
+  return nullptr;
+}
+
+template <typename T, typename Activation>
+void activate_all(int derivative, const T* in, T* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t n = count - i < kLanes<T> ? count - i : kLanes<T>;
+    const Vec<T> p = load_partial(in + i, int(n));
+    store_partial(out + i,
+                  derivative ? Activation::template slope<T>(p) : Activation::template value<T>(p),
+                  int(n));
+  }
+}
+
+template <typename T>
+void activate(int activation, int derivative, const T* in, T* out, int64_t count) {
+  int index = 0;
+#define FASTDEQ_CHOOSE(name, functor) \
+  if (index++ == activation) return activate_all<T, functor>(derivative, in, out, count);
+  FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
+#undef FASTDEQ_CHOOSE
+}
+
+}  // namespace FASTDEQ_TARGET
+}  // namespace fastdeq

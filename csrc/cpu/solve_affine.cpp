@@ -1,0 +1,282 @@
+// The solves of an affine cell on the CPU: arguments checked, one task for the engine, workers.
+//
+// A worker is a thread that takes samples from a common queue and iterates them to their end;
+// between the packing of W and the last sample no thread waits for another. Memory is taken before
+// the loop. Specification: fastdeq/affine.py, whose form serves what the engine does not.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <tuple>
+
+#include "activation_names.h"
+#include "engine.h"
+
+namespace fastdeq {
+namespace {
+
+// As in fastdeq/solvers and fastdeq/driver.py.
+constexpr int64_t kPatience = 50;
+constexpr double kResidualEps = 1e-9;
+
+// Bytes of a worker's lines: they stay in the second-level cache while W streams through it. No
+// fewer than kFewestLines share a pass over W.
+constexpr int64_t kLineBytes = 768 * 1024;
+constexpr int64_t kFewestLines = 48, kMostLines = 96;
+constexpr int64_t kScratchBytes = int64_t(1) << 28;  // whatever the window
+
+// A thread is woken for no less than this, in multiply-adds of an assumed number of iterations.
+constexpr double kWorkPerThread = 5e5;
+constexpr double kAssumedIterations = 16;
+
+// Where the ramp wins; see docs/how-it-works.md for the measurements.
+constexpr int64_t kRampSize = 96;
+
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Adjoint = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+struct Method {
+  bool served = false;
+  double damping = 1;
+  int64_t window = 0;
+  double safeguard = 0, accelerate_above = 0;
+  AndersonOptions anderson{};
+};
+
+// The order of the options is that of the fields of the solver's dataclass.
+Method read_method(c10::string_view solver, at::ArrayRef<double> options, int64_t max_iter) {
+  Method m;
+  if (solver == "picard" || solver == "neumann") {
+    TORCH_CHECK(options.size() == 1, "solver '", solver, "' takes 1 option, got ", options.size());
+    m.served = true;
+    m.damping = options[0];
+  } else if (solver == "anderson") {
+    TORCH_CHECK(options.size() == 7, "solver '", solver, "' takes 7 options, got ", options.size());
+    m.served = true;
+    m.window = std::min<int64_t>(int64_t(options[0]), max_iter);  // more are never used
+    m.damping = options[1];
+    m.anderson = {options[1], options[2], options[3], options[4]};
+    m.safeguard = options[5];
+    m.accelerate_above = options[6];
+    TORCH_CHECK(m.window >= 1, "the window of Anderson acceleration must be >= 1, got ", m.window);
+  }
+  return m;
+}
+
+void check_solve(const at::Tensor& weight, const at::Tensor& rows, const at::Tensor& other,
+                 const char* name, const char* other_name) {
+  TORCH_CHECK(rows.dim() == 2, name, " must be (B, d), got ", rows.sizes());
+  TORCH_CHECK(weight.sizes() == at::IntArrayRef({rows.size(1), rows.size(1)}),
+              "weight must be (d, d) = (", rows.size(1), ", ", rows.size(1), "), got ",
+              weight.sizes());
+  TORCH_CHECK(!other.defined() || other.sizes() == rows.sizes(), other_name, " must be like ",
+              name, ", ", rows.sizes(), ", got ", other.sizes());
+  for (const at::Tensor& t : {weight, rows, other}) {
+    if (!t.defined()) continue;
+    TORCH_CHECK(t.is_floating_point(), "floating-point tensors are needed, got ", t.scalar_type());
+    TORCH_CHECK(t.device().is_cpu(), "all tensors must be on the CPU, got one on ", t.device());
+  }
+}
+
+template <typename T>
+const EngineFor<T>& engine_for() {
+  if constexpr (std::is_same_v<T, float>) {
+    return engine().for_float;
+  } else {
+    return engine().for_double;
+  }
+}
+
+struct Outputs {
+  at::Tensor value, status, iterations, residual, rejects;
+
+  Outputs(const at::Tensor& like, at::ScalarType dtype, int64_t counters) {
+    const auto options = like.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
+    const int64_t batch = like.size(0);
+    value = at::empty(like.sizes(), options);
+    status = at::empty({batch}, options.dtype(at::kChar));
+    iterations = at::empty({batch}, options.dtype(at::kInt));
+    residual = at::empty({batch}, options);
+    rejects = at::empty({batch, counters}, options.dtype(at::kInt));
+  }
+};
+
+// `transposed`: products with W^T, as the forward map has them, instead of W.
+template <typename T>
+void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, bool transposed,
+         const std::string& precision, Outputs& out) {
+  TORCH_CHECK(precision == "auto" || precision == "float32" || precision == "mixed",
+              "precision must be 'auto', 'float32' or 'mixed', got '", precision, "'");
+  task.value = out.value.mutable_data_ptr<T>();
+  task.status = out.status.mutable_data_ptr<int8_t>();
+  task.iterations = out.iterations.mutable_data_ptr<int32_t>();
+  task.residual = out.residual.mutable_data_ptr<T>();
+  if (method.window > 0) task.rejects = out.rejects.mutable_data_ptr<int32_t>();
+  task.batch = out.value.size(0);
+  task.size = out.value.size(1);
+  if (task.batch == 0) return;
+
+  task.weight = weight.const_data_ptr<T>();
+  task.output_stride = weight.stride(transposed ? 0 : 1);
+  task.input_stride = weight.stride(transposed ? 1 : 0);
+  task.residual_eps = kResidualEps;
+  task.patience = kPatience;
+  task.damping = method.damping;
+  task.window = method.window;
+  task.safeguard = method.safeguard;
+  task.accelerate_above = method.accelerate_above;
+  task.anderson = method.anderson;
+  const bool plain_first = method.window == 0 || method.accelerate_above > 0;
+  task.ramp = std::is_same_v<T, float> && has_bfloat16() && plain_first && precision != "float32" &&
+              (precision == "mixed" || task.size >= kRampSize);
+
+  const EngineFor<T>& engine = engine_for<T>();
+  const double work =
+      double(task.size) * double(task.size) * double(task.batch) * kAssumedIterations;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t workers = std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
+                                              std::min<int64_t>(threads, task.batch));
+  const int64_t each = (task.batch + workers - 1) / workers;
+  task.lines = 1;
+  const int64_t one = engine.scratch_bytes(task);
+  const int64_t fitting = std::clamp(kLineBytes / one, kFewestLines, kMostLines);
+  task.lines = std::min(each, std::max<int64_t>(1, std::min(fitting, kScratchBytes / one)));
+
+  const auto bytes = weight.options().dtype(at::kByte);
+  const int64_t packed = engine.packed_size(task.size);
+  const at::Tensor packed_weight = at::empty({packed * int64_t(sizeof(T))}, bytes);
+  const at::Tensor packed_low = at::empty({task.ramp ? (packed + packed / task.size) * 2 : 0}, bytes);
+  const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, bytes);
+  task.packed = static_cast<T*>(packed_weight.mutable_data_ptr());
+  task.packed_low = packed_low.mutable_data_ptr();
+  task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
+  std::atomic<int64_t> next_sample{0};
+  task.next_sample = &next_sample;
+
+  const int64_t panels = engine.panels(task.size);
+  if (workers == 1) {
+    engine.pack(task, 0, panels);
+    engine.work(task, 0);
+    return;
+  }
+  // A panel of a few hundred inputs is worth a thread.
+  const int64_t grain = std::max<int64_t>(1, 1024 / task.size);
+  at::parallel_for(0, panels, grain,
+                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) engine.work(task, worker);
+  });
+}
+
+at::Tensor prepare(const at::Tensor& t, at::ScalarType dtype) {
+  return t.to(dtype).contiguous();
+}
+
+// One of the strides must be 1.
+at::Tensor prepare_weight(const at::Tensor& weight, at::ScalarType dtype) {
+  const at::Tensor w = weight.to(dtype);
+  return w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous();
+}
+
+at::ScalarType working_dtype(std::initializer_list<at::Tensor> tensors) {
+  for (const at::Tensor& t : tensors) {
+    if (t.defined() && t.scalar_type() == at::kDouble) return at::kDouble;
+  }
+  return at::kFloat;
+}
+
+Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
+                     const std::optional<at::Tensor>& start, c10::string_view activation,
+                     c10::string_view solver, at::ArrayRef<double> solver_options, double tol,
+                     int64_t max_iter, c10::string_view precision, bool slope) {
+  const Method method = read_method(solver, solver_options, max_iter);
+  if (!method.served || injection.numel() == 0) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastdeq::solve_affine_reference", "")
+                               .typed<decltype(solve_affine)>();
+    return op.call(weight, injection, start, activation, solver, solver_options, tol, max_iter,
+                   precision, slope);
+  }
+  const at::Tensor given_start = start.value_or(at::Tensor());
+  check_solve(weight, injection, given_start, "injection", "start");
+  const at::ScalarType dtype = working_dtype({weight, injection, given_start});
+  const at::Tensor w = prepare_weight(weight, dtype), c = prepare(injection, dtype);
+  const at::Tensor z0 = given_start.defined() ? prepare(given_start, dtype) : at::Tensor();
+  Outputs out(c, dtype, method.window > 0 ? kCounters : 0);
+  at::Tensor value_slope = slope ? at::empty_like(c) : at::empty({0}, c.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype, "solve_affine", [&] {
+    SolveTask<scalar_t> task;
+    task.injection = c.const_data_ptr<scalar_t>();
+    task.start = z0.defined() ? z0.const_data_ptr<scalar_t>() : nullptr;
+    task.activation = activation_index(activation);
+    task.tol = tol;
+    task.max_iter = max_iter;
+    task.value_slope = slope ? value_slope.mutable_data_ptr<scalar_t>() : nullptr;
+    run(task, method, w, true, std::string(precision), out);
+  });
+  return {out.value.to(injection.scalar_type()), out.status, out.iterations, out.residual,
+          out.rejects, value_slope};
+}
+
+Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
+                             const at::Tensor& grad, c10::string_view solver,
+                             at::ArrayRef<double> solver_options, double tol, int64_t max_iter,
+                             c10::string_view precision) {
+  const Method method = read_method(solver, solver_options, max_iter);
+  if (!method.served || grad.numel() == 0) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastdeq::solve_affine_adjoint_reference", "")
+                               .typed<decltype(solve_affine_adjoint)>();
+    return op.call(weight, slope, grad, solver, solver_options, tol, max_iter, precision);
+  }
+  check_solve(weight, grad, slope, "grad", "slope");
+  const at::ScalarType dtype = working_dtype({weight, slope, grad});
+  const at::Tensor w = prepare_weight(weight, dtype), g = prepare(grad, dtype);
+  const at::Tensor d = prepare(slope, dtype);
+  Outputs out(g, dtype, method.window > 0 ? kCounters : 0);
+  AT_DISPATCH_FLOATING_TYPES(dtype, "solve_affine_adjoint", [&] {
+    SolveTask<scalar_t> task;
+    task.injection = g.const_data_ptr<scalar_t>();
+    task.slope = d.const_data_ptr<scalar_t>();
+    task.tol = tol;
+    task.max_iter = max_iter;
+    run(task, method, w, false, std::string(precision), out);
+  });
+  return {out.value.to(grad.scalar_type()), out.status, out.iterations, out.residual, out.rejects};
+}
+
+// phi (derivative 0) or phi' (1) as the engine computes it.
+at::Tensor engine_activation(const at::Tensor& x, c10::string_view activation,
+                             int64_t derivative) {
+  TORCH_CHECK(x.device().is_cpu() && x.is_floating_point(), "a floating-point CPU tensor is needed");
+  const at::Tensor in = x.contiguous();
+  at::Tensor out = at::empty_like(in);
+  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "engine_activation", [&] {
+    engine_for<scalar_t>().activate(activation_index(activation), int(derivative),
+                                    in.const_data_ptr<scalar_t>(),
+                                    out.mutable_data_ptr<scalar_t>(), in.numel());
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastdeq, m) {
+  m.def("engine_activation(Tensor x, str activation, int derivative) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fastdeq, CPU, m) {
+  m.impl("solve_affine", &solve_affine);
+  m.impl("solve_affine_adjoint", &solve_affine_adjoint);
+  m.impl("engine_activation", &engine_activation);
+}
+
+}  // namespace fastdeq

@@ -1,0 +1,91 @@
+// What the operator hands to the engine of an instruction set: one solve of a whole batch.
+//
+//   forward  z = phi(W z + c)         injection c, activation phi, start z0
+//   adjoint  q = D (g + q W)          injection g, slope D, no activation, start 0
+//
+// Rows are samples. T is float or double; everything is (batch, size), contiguous, but the weight.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "../anderson.h"
+
+namespace fastdeq {
+
+// As fastdeq.Status.
+enum class Status : int8_t { kConverged = 0, kMaxIter = 1, kStagnated = 2, kNonfinite = 3 };
+
+constexpr int kCounters = 3;  // of rejected steps, for Anderson: safeguard, weight_cap, rank_cut
+
+template <typename T>
+struct SolveTask {
+  int64_t size = 0;
+  int64_t batch = 0;
+
+  // Entry (output j, input k) of the product is weight[j * output_stride + k * input_stride]; one
+  // of the strides is 1.
+  const T* weight = nullptr;
+  int64_t output_stride = 0;
+  int64_t input_stride = 0;
+  const T* injection = nullptr;
+  const T* slope = nullptr;  // adjoint only; then rows of the injection are scaled to unit norm
+  const T* start = nullptr;  // null: zeros
+  int activation = 0;        // index into activations.h; unused by the adjoint
+
+  double tol = 0;
+  double residual_eps = 0;
+  int64_t max_iter = 0;
+  int64_t patience = 0;
+  double damping = 1;
+  int64_t window = 0;  // differences kept by Anderson acceleration; 0: plain iteration
+  double safeguard = 0;
+  double accelerate_above = 0;
+  AndersonOptions anderson{};
+  bool ramp = false;  // early iterations in bfloat16
+
+  T* value = nullptr;
+  T* value_slope = nullptr;  // phi'(W z + c) at the value; null: not wanted
+  int8_t* status = nullptr;
+  int32_t* iterations = nullptr;
+  T* residual = nullptr;
+  int32_t* rejects = nullptr;  // (batch, kCounters), Anderson only
+
+  int64_t lines = 0;    // samples that a worker holds at once
+  T* packed = nullptr;  // W in the order in which the products read it
+  void* packed_low = nullptr;
+  std::byte* scratch = nullptr;  // scratch_bytes for each worker
+  std::atomic<int64_t>* next_sample = nullptr;
+};
+
+// The engine of one instruction set. Nothing here allocates.
+template <typename T>
+struct EngineFor {
+  // Elements of the packed weight; entries of 4 bytes for the bfloat16 one.
+  int64_t (*packed_size)(int64_t size);
+  int64_t (*panels)(int64_t size);
+  void (*pack)(const SolveTask<T>& task, int64_t first_panel, int64_t last_panel);
+  int64_t (*scratch_bytes)(const SolveTask<T>& task);
+  // Takes samples from the common queue until none is left.
+  void (*work)(const SolveTask<T>& task, int64_t worker);
+  // Elementwise phi (derivative 0) or phi' (derivative 1), for tests of the vector functions.
+  void (*activate)(int activation, int derivative, const T* in, T* out, int64_t count);
+};
+
+struct Engine {
+  const char* name;
+  EngineFor<float> for_float;
+  EngineFor<double> for_double;
+};
+
+const Engine& engine_generic();
+#if defined(FASTDEQ_HAS_AVX2)
+const Engine& engine_avx2();
+#endif
+#if defined(FASTDEQ_HAS_AVX512)
+const Engine& engine_avx512();
+#endif
+
+}  // namespace fastdeq

@@ -1,0 +1,253 @@
+// exp, expm1, log1p, tanh, erf and sigmoid of Vec<float> and Vec<double>, without branches.
+//
+// TABLE
+//
+// Every function passes NaN on, is exact at +-0 and +-inf, and keeps the sign of zero. Results below
+// the normal range are rounded to denormals, not flushed.
+//
+// Coefficients: Remez exchange in 50-digit arithmetic on the interval named beside them, rounded to
+// the type one after the other with the rest fitted again (float). "Fit" is the largest relative
+// error of the rounded approximation.
+
+#pragma once
+
+#include "vector.h"
+
+namespace fastdeq {
+namespace FASTDEQ_TARGET {
+
+// c0 + c1 x + c2 x^2 + ... by Horner's rule.
+template <class V, class T, class... Rest>
+FASTDEQ_INLINE V polynomial(V x, T c0, T c1, Rest... rest) {
+  if constexpr (sizeof...(rest) == 0) {
+    return x * c1 + c0;
+  } else {
+    return x * polynomial(x, c1, rest...) + c0;
+  }
+}
+
+// Layout of the type, and constants of which the low parts make products with integers exact.
+template <class T>
+struct Format;
+
+template <>
+struct Format<float> {
+  static constexpr int kMantissa = 23;
+  static constexpr unsigned kBias = 127;
+  static constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer in the low bits
+  static constexpr float kLog2e = 0x1.715476p+0f;
+  static constexpr float kLn2 = 0x1.62e430p-1f;
+  static constexpr float kLn2High = 0x1.62e4p-1f;  // 15 bits: n kLn2High is exact for |n| < 2^9
+  static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kExpMin = -104.0f, kExpMax = 89.0f;  // exp is 0 below, inf above
+  static constexpr float kExpm1Min = -18.0f;                  // expm1 is -1 below
+  static constexpr float kTanhMax = 9.25f;                    // tanh is 1 above
+  static constexpr float kErfMax = 3.95f;                     // erf is 1 above
+  static constexpr float kInf = __builtin_inff();
+};
+
+template <>
+struct Format<double> {
+  static constexpr int kMantissa = 52;
+  static constexpr unsigned long long kBias = 1023;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLog2e = 0x1.71547652b82fep+0;
+  static constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+  static constexpr double kLn2High = 0x1.62e42feep-1;  // 32 bits
+  static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr double kExpMin = -746.0, kExpMax = 710.0;
+  static constexpr double kExpm1Min = -38.0;
+  static constexpr double kTanhMax = 19.25;
+  static constexpr double kErfMax = 5.95;
+  static constexpr double kInf = __builtin_inf();
+};
+
+// (exp(scale r) - 1) / scale for |scale r| <= 0.347 and scale 1 or 2: the powers of two go into the
+// coefficients, exactly. Fit: 2^-26.1 (float), 2^-54.8 (double).
+template <int scale>
+FASTDEQ_INLINE Vec<float> expm1_reduced(Vec<float> r) {
+  constexpr float s = scale;
+  return r * r *
+             polynomial(r, s * 0x1.fffffep-2f, s * s * 0x1.5554aap-3f, s * s * s * 0x1.555798p-5f,
+                        s * s * s * s * 0x1.122c12p-7f, s * s * s * s * s * 0x1.6ac810p-10f) +
+         r;
+}
+template <int scale>
+FASTDEQ_INLINE Vec<double> expm1_reduced(Vec<double> r) {
+  constexpr double s = scale, s2 = s * s, s4 = s2 * s2, s8 = s4 * s4;
+  return r * r *
+             polynomial(r, s * 0x1.0000000000005p-1, s2 * 0x1.5555555555539p-3,
+                        s * s2 * 0x1.555555555225bp-5, s4 * 0x1.1111111119096p-7,
+                        s * s4 * 0x1.6c16c17ef58fcp-10, s2 * s4 * 0x1.a01a0174d8b42p-13,
+                        s * s2 * s4 * 0x1.a019a71c4dd68p-16, s8 * 0x1.71de88500ea49p-19,
+                        s * s8 * 0x1.28a236de8fcd5p-22, s2 * s8 * 0x1.ae6ba83c44504p-26) +
+         r;
+}
+
+// x = n ln2 + r with integer n and |r| <= ln2 / 2; the low bits of rounded hold n + offset.
+template <class T>
+struct Reduced {
+  Vec<T> rounded, n, r;
+};
+
+template <class T>
+FASTDEQ_INLINE Reduced<T> reduce(Vec<T> x, int offset) {
+  using F = Format<T>;
+  const T shift = F::kRound + T(offset);
+  Reduced<T> y;
+  y.rounded = x * F::kLog2e + shift;
+  y.n = y.rounded - shift;
+  y.r = (x - y.n * F::kLn2High) - y.n * F::kLn2Low;
+  return y;
+}
+
+// 2^n from the low bits of n + bias in rounded; the shift drops the rest.
+template <class T>
+FASTDEQ_INLINE Vec<T> power_of_two(Vec<T> rounded) {
+  return floats(bits(rounded) << Format<T>::kMantissa);
+}
+
+// y 2^n with one rounding, also where the result is denormal or 2^n overflows. rounded holds
+// n + 2 bias.
+template <class T>
+FASTDEQ_INLINE Vec<T> scale_by_power(Vec<T> y, Reduced<T> by) {
+#if defined(__x86_64__) && FASTDEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_scalef_ps(__mmask16(-1), (__m512)y, (__m512)by.n);
+  } else {
+    return (Vec<T>)_mm512_maskz_scalef_pd(__mmask8(-1), (__m512d)y, (__m512d)by.n);
+  }
+#else
+  const UVec<T> both = bits(by.rounded), half = both >> 1;
+  return y * floats(half << Format<T>::kMantissa) * floats((both - half) << Format<T>::kMantissa);
+#endif
+}
+
+template <class T>
+FASTDEQ_INLINE Vec<T> exp_clamped(Vec<T> x) {
+  const Reduced<T> y = reduce<T>(x, int(2 * Format<T>::kBias));
+  return scale_by_power<T>(expm1_reduced<1>(y.r) + T(1), y);
+}
+
+template <class T>
+FASTDEQ_INLINE Vec<T> exp_lanes(Vec<T> x) {
+  return exp_clamped<T>(min(max(x, Format<T>::kExpMin), Format<T>::kExpMax));
+}
+
+// 2^n (e^r - 1) + (2^n - 1). From x = ln(2^127.5) on 2^n could overflow: half of it, and twice the sum.
+template <class T>
+FASTDEQ_INLINE Vec<T> expm1_lanes(Vec<T> x) {
+  using F = Format<T>;
+  const Vec<T> bounded = min(max(x, F::kExpm1Min), F::kExpMax);
+  const Reduced<T> y = reduce<T>(bounded, int(F::kBias));
+  const IVec<T> large = bounded > (F::kExpMax - 1);
+  const Vec<T> half = select(large, splat(T(0.5)), splat(T(1)));
+  const Vec<T> power = floats((bits(y.rounded) + UVec<T>(large)) << F::kMantissa);
+  const Vec<T> sum = power * expm1_reduced<1>(y.r) + (power - half);
+  return copysign(select(large, sum + sum, sum), x);
+}
+
+// h / (1 - h) with h = (1 - e^-2x) / 2, for 0 <= x <= kTanhMax. With x = n ln2 / 2 + r,
+// h = 2^-n (1 - e^-2r) / 2 + (1 - 2^-n) / 2. The denominator lies in [1/2, 1], where it is rounded to
+// half of what expm1(2x) + 2 would be. An error of relative size e in the argument is one of at most
+// e in the result, and far smaller for n > 0, so one constant for ln2 is enough; n = 0 reduces exactly.
+template <class T>
+FASTDEQ_INLINE Vec<T> tanh_positive(Vec<T> x) {
+  using F = Format<T>;
+  const T shift = F::kRound + T(F::kBias);
+  const Vec<T> rounded = shift - x * (2 * F::kLog2e);  // shift - n
+  const Vec<T> r = x + (rounded - shift) * (F::kLn2 / 2);
+  const Vec<T> power = power_of_two<T>(rounded);
+  const Vec<T> h = power * expm1_reduced<-2>(r) + (T(0.5) - power * T(0.5));
+  return h / (T(1) - h);
+}
+
+template <class T>
+FASTDEQ_INLINE Vec<T> tanh_lanes(Vec<T> x) {
+  return copysign(tanh_positive<T>(min(abs(x), Format<T>::kTanhMax)), x);
+}
+
+// e / (1 + e) or 1 / (1 + e) with e = e^-|x|: nothing overflows and tails keep their digits. What
+// rounding takes from 1 + e is put back to first order; it matters for small e.
+template <class T>
+FASTDEQ_INLINE Vec<T> sigmoid_lanes(Vec<T> x) {
+  const Vec<T> e = exp_clamped<T>(max(-abs(x), Format<T>::kExpMin));
+  const Vec<T> denominator = e + T(1), lost = e - (denominator - T(1));
+  const Vec<T> y = select(x < T(0), e, splat(T(1))) / denominator;
+  return y - y * lost;
+}
+
+// 2 atanh(s) = 2s + s z R(z), z = s^2, s = f / (2 + f), 1 + f in [sqrt(1/2), sqrt(2)].
+// Fit of the logarithm: 2^-30.2 (float), 2^-59.1 (double).
+FASTDEQ_INLINE Vec<float> log_tail(Vec<float> z) {
+  return z * polynomial(z, 0x1.55557ap-1f, 0x1.995ec2p-2f, 0x1.31e3fep-2f);
+}
+FASTDEQ_INLINE Vec<double> log_tail(Vec<double> z) {
+  return z * polynomial(z, 0x1.5555555555593p-1, 0x1.999999997f8a5p-2, 0x1.249249423e6f5p-2,
+                        0x1.c71c51c65a24fp-3, 0x1.74664d79aab9ep-3, 0x1.39a02ea5f734ep-3,
+                        0x1.2f15bd9c45440p-3);
+}
+
+// log(1 + x) = k ln2 + log(1 + f), 2^k (1 + f) = 1 + x. f is computed from x, not from the rounded
+// 1 + x: f = 2^-k x + (2^-k - 1).
+template <class T>
+FASTDEQ_INLINE Vec<T> log1p_lanes(Vec<T> x) {
+  using F = Format<T>;
+  using U = typename VecOf<T>::uelement;
+  constexpr T kSqrtHalf = T(0x1.6a09e667f3bcdp-1);
+  const U offset = (F::kBias << F::kMantissa) - __builtin_bit_cast(U, kSqrtHalf);
+  const Vec<T> u = x + T(1);
+  const UVec<T> biased = (bits(u) + offset) >> F::kMantissa;  // k + bias
+  const U integer = __builtin_bit_cast(U, T(U(1) << F::kMantissa));
+  const Vec<T> k = floats(biased | integer) - T((U(1) << F::kMantissa) + F::kBias);
+  // 2^-k may be below the normal range and its exponent below the field: 2^(2-k) / 4.
+  const Vec<T> scale = floats((U(2 * F::kBias + 2) - biased) << F::kMantissa) * T(0.25);
+  const Vec<T> f = x * scale + (scale - T(1));
+  const Vec<T> s = f / (f + T(2)), square = f * f * T(0.5);
+  const Vec<T> tail = s * (square + log_tail(s * s)) + k * F::kLn2Low;
+  Vec<T> y = k * F::kLn2High - ((square - tail) - f);
+  y = select(x == F::kInf, x, copysign(y, x));
+  y = select(x == T(-1), splat(-F::kInf), y);
+  return select(x < T(-1), splat(T(__builtin_nan(""))), y);
+}
+
+// erf(x) = tanh(x + x R(x^2)), R = atanh(erf(x)) / x - 1 as a quotient of polynomials with positive
+// coefficients. The error of the argument is damped as in tanh_positive, all the more as x grows.
+// Fit of erf: 2^-27.0 on [0, 3.95] (float), 2^-55.9 on [0, 5.95] (double); linearised weighted least
+// squares, not Remez.
+FASTDEQ_INLINE Vec<float> erf_argument(Vec<float> z) {
+  return polynomial(z, 0x1.06eba8p-3f, 0x1.f75cf6p-4f, 0x1.363e28p-6f, 0x1.e55b38p-10f) /
+         polynomial(z, 1.0f, 0x1.40f354p-3f, 0x1.83d384p-6f, 0x1.53f6a2p-12f);
+}
+FASTDEQ_INLINE Vec<double> erf_argument(Vec<double> z) {
+  return polynomial(z, 0x1.06eba8214db69p-3, 0x1.49e537b8bf1f6p-3, 0x1.0277798b6dd7ap-4,
+                    0x1.0060a0e9ba496p-6, 0x1.51792a5a99b24p-9, 0x1.38e6aed8cfb1fp-12,
+                    0x1.976e29951f6bcp-16, 0x1.631b95048fb36p-20, 0x1.7c7aacbcd6100p-25,
+                    0x1.a8f8478c2fbf4p-32) /
+         polynomial(z, 1.0, 0x1.d118646c566c8p-2, 0x1.0956225540609p-3, 0x1.812c532dc9ad9p-6,
+                    0x1.8d67baaab111bp-9, 0x1.2102ea278fe86p-12, 0x1.1f740a72bc0d8p-16,
+                    0x1.7b9bf1a19fd0cp-21, 0x1.9f9c68757bbb1p-27, 0x1.c04d77b89c861p-36);
+}
+template <class T>
+FASTDEQ_INLINE Vec<T> erf_lanes(Vec<T> x) {
+  const Vec<T> a = min(abs(x), Format<T>::kErfMax);
+  const Vec<T> argument = a * erf_argument(a * a) + a;
+  return copysign(tanh_positive<T>(min(argument, Format<T>::kTanhMax)), x);
+}
+
+// In place of the overloads of the standard library, which are not to be called here.
+FASTDEQ_INLINE Vec<float> exp(Vec<float> x) { return exp_lanes<float>(x); }
+FASTDEQ_INLINE Vec<double> exp(Vec<double> x) { return exp_lanes<double>(x); }
+FASTDEQ_INLINE Vec<float> expm1(Vec<float> x) { return expm1_lanes<float>(x); }
+FASTDEQ_INLINE Vec<double> expm1(Vec<double> x) { return expm1_lanes<double>(x); }
+FASTDEQ_INLINE Vec<float> log1p(Vec<float> x) { return log1p_lanes<float>(x); }
+FASTDEQ_INLINE Vec<double> log1p(Vec<double> x) { return log1p_lanes<double>(x); }
+FASTDEQ_INLINE Vec<float> tanh(Vec<float> x) { return tanh_lanes<float>(x); }
+FASTDEQ_INLINE Vec<double> tanh(Vec<double> x) { return tanh_lanes<double>(x); }
+FASTDEQ_INLINE Vec<float> sigmoid(Vec<float> x) { return sigmoid_lanes<float>(x); }
+FASTDEQ_INLINE Vec<double> sigmoid(Vec<double> x) { return sigmoid_lanes<double>(x); }
+FASTDEQ_INLINE Vec<float> erf(Vec<float> x) { return erf_lanes<float>(x); }
+FASTDEQ_INLINE Vec<double> erf(Vec<double> x) { return erf_lanes<double>(x); }
+
+}  // namespace FASTDEQ_TARGET
+}  // namespace fastdeq

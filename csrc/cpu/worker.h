@@ -1,0 +1,303 @@
+// One worker: takes samples from the common queue into its lines and iterates them until all are
+// done. The state machine of fastdeq/driver.py, per sample; lines that end make room for samples
+// that wait, so every product runs on as many lines as there are.
+
+#pragma once
+
+#include "anderson_line.h"
+#include "pack.h"
+#include "ramp.h"
+
+namespace fastdeq {
+namespace FASTDEQ_TARGET {
+
+template <typename T>
+class Worker {
+ public:
+  Worker(const SolveTask<T>& task, std::byte* scratch)
+      : task_(task), epilogue_(epilogue_for(task)) {
+    lines_ = reinterpret_cast<Line<T>*>(scratch);
+    scratch += align(task.lines * int64_t(sizeof(Line<T>)));
+    order_ = reinterpret_cast<int32_t*>(scratch);
+    scratch += align(task.lines * int64_t(sizeof(int32_t)));
+    rows_ = reinterpret_cast<const void**>(scratch);
+    scratch += align(task.lines * int64_t(sizeof(void*)));
+    small_ = reinterpret_cast<double*>(scratch);
+    scratch += small_bytes(task);
+    for (int64_t i = 0; i < task.lines; ++i) {
+      place_buffers(task, lines_[i], scratch + i * line_bytes(task));
+      order_[i] = int32_t(i);
+    }
+  }
+
+  void run() {
+    for (;;) {
+      while (active_ < task_.lines && load_next()) {
+      }
+      if (active_ == 0) return;
+      // One kind of evaluation at a time, the one that more lines wait for.
+      const int64_t low = partition_low();
+      const bool run_low = 2 * low >= active_;
+      const int64_t first = run_low ? 0 : low, last = run_low ? low : active_;
+      multiply(first, last, run_low);
+      for (int64_t i = last - 1; i >= first; --i) {
+        if (advance(line(i), run_low)) remove(i);
+      }
+    }
+  }
+
+ private:
+  Line<T>& line(int64_t i) { return lines_[order_[i]]; }
+
+  void remove(int64_t i) {
+    --active_;
+    const int32_t freed = order_[i];
+    order_[i] = order_[active_];
+    order_[active_] = freed;
+  }
+
+  int64_t partition_low() {
+    int64_t low = 0;
+    for (int64_t i = 0; i < active_; ++i) {
+      if (!line(i).low) continue;
+      const int32_t moved = order_[i];
+      order_[i] = order_[low];
+      order_[low++] = moved;
+    }
+    return low;
+  }
+
+  // Puts the next sample that is not done at once into the first free line; false if none is left.
+  bool load_next() {
+    for (;;) {
+      const int64_t sample = task_.next_sample->fetch_add(1, std::memory_order_relaxed);
+      if (sample >= task_.batch) return false;
+      Line<T>& fresh = line(active_);
+      if (start(fresh, sample)) {
+        ++active_;
+        return true;
+      }
+    }
+  }
+
+  // False when the sample is done already.
+  bool start(Line<T>& fresh, int64_t sample) {
+    fresh.sample = sample;
+    fresh.length = 1;
+    fresh.norm = fresh.previous_norm = __builtin_inf();
+    fresh.best_residual = T(__builtin_inf());
+    fresh.iterations = fresh.idle = 0;
+    fresh.slot = fresh.count = 0;
+    fresh.trusted_norm = __builtin_inf();
+    fresh.plain = task_.accelerate_above > 0;
+    fresh.accelerated = false;
+    for (int i = 0; i < kCounters; ++i) fresh.rejects[i] = 0;
+    fresh.low = fresh.anchored = false;
+    fresh.may_be_low = task_.ramp;
+
+    const int64_t size = task_.size, offset = sample * size;
+    const T* injection = task_.injection + offset;
+    bool zero = true, finite = true;
+    if (task_.start != nullptr) {
+      const T* from = task_.start + offset;
+      for (int64_t j = 0; j < size; ++j) {
+        zero &= from[j] == 0;
+        finite &= bool(__builtin_isfinite(from[j]));
+      }
+      zero |= !finite;
+    }
+    for (int64_t j = 0; j < size; ++j) {
+      fresh.injection[j] = injection[j];
+      fresh.point[j] = fresh.best[j] = zero ? 0 : task_.start[offset + j];
+      fresh.best_pre[j] = 0;
+    }
+    if (task_.slope != nullptr) {
+      for (int64_t j = 0; j < size; ++j) fresh.slope[j] = task_.slope[offset + j];
+      if (!scale_to_unit(fresh)) {
+        finish(fresh, Status::kNonfinite);
+        return false;
+      }
+    }
+    if (!zero) return true;
+    // The product of W with zeros is known.
+    const T zeros[kPanel<T>] = {};
+    fresh.square_difference = fresh.square_value = 0;
+    for (int64_t j = 0; j < size; j += kPanel<T>) {
+      epilogue_(task_, fresh, zeros, j, size < j + kPanel<T> ? size : j + kPanel<T>, false);
+    }
+    return !advance(fresh, false);
+  }
+
+  // A linear solve is homogeneous, its stop test is not. False when the row is not finite.
+  bool scale_to_unit(Line<T>& fresh) {
+    T largest = 0;
+    bool finite = true;
+    for (int64_t j = 0; j < task_.size; ++j) {
+      const T size = T(__builtin_fabs(fresh.injection[j]));
+      finite &= bool(__builtin_isfinite(size));
+      largest = size > largest ? size : largest;
+    }
+    if (!finite) {
+      for (int64_t j = 0; j < task_.size; ++j) fresh.best[j] = T(__builtin_nan(""));
+      return false;
+    }
+    if (largest == 0) return true;
+    // Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
+    double square = 0;
+    for (int64_t j = 0; j < task_.size; ++j) {
+      fresh.injection[j] /= largest;
+      square += double(fresh.injection[j]) * double(fresh.injection[j]);
+    }
+    const double norm = __builtin_sqrt(square);
+    for (int64_t j = 0; j < task_.size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
+    fresh.length = double(largest) * norm;
+    return true;
+  }
+
+  // One evaluation of the lines first <= i < last.
+  void multiply(int64_t first, int64_t last, bool low) {
+    const int64_t size = task_.size, count = last - first;
+    for (int64_t i = 0; i < count; ++i) {
+      Line<T>& l = line(first + i);
+      rows_[i] = low ? static_cast<const void*>(l.delta) : l.point;
+      l.square_difference = l.square_value = 0;
+    }
+    alignas(64) T product[kRows * kPanel<T>];
+    for (int64_t j = 0; j < size; j += kPanel<T>) {
+      const int vectors = vectors_at<T>(j, size);
+      const int64_t end = size < j + kPanel<T> ? size : j + kPanel<T>;
+      for (int64_t i = 0; i < count; i += kRows) {
+        const int rows = int(count - i < kRows ? count - i : kRows);
+        if (low) {
+          multiply_low(rows, vectors, i, j, product);
+        } else {
+          tile_for<T>(rows, vectors)(reinterpret_cast<const T* const*>(rows_ + i),
+                                     task_.packed + j * size, size, product);
+        }
+        for (int r = 0; r < rows; ++r) {
+          epilogue_(task_, line(first + i + r), product + r * kPanel<T>, j, end, low);
+        }
+      }
+    }
+  }
+
+  void multiply_low(int rows, int vectors, int64_t i, int64_t j, T* product) {
+#if defined(FASTDEQ_BFLOAT16)
+    if constexpr (sizeof(T) == 4) {
+      const int64_t pairs = (task_.size + 1) / 2;
+      tile_low_for(rows, vectors)(reinterpret_cast<const uint32_t* const*>(rows_ + i),
+                                  static_cast<const uint32_t*>(task_.packed_low) + j * pairs,
+                                  task_.size, product);
+    }
+#endif
+  }
+
+  // Judges the evaluation just made and takes a step. True when the line is done.
+  bool advance(Line<T>& l, bool low) {
+    l.previous_norm = l.norm;
+    l.norm = __builtin_sqrt(l.square_difference);
+    const T relative = T(l.norm / (__builtin_sqrt(l.square_value) + task_.residual_eps));
+    const T* at = l.point;
+    if (!low) {
+      if (relative < l.best_residual) {  // false for NaN
+        l.best_residual = relative;
+        l.idle = 0;
+        swap(l.best, l.point);  // at is the best now, and the next point goes elsewhere
+        if (task_.ramp) {       // bfloat16 evaluations go on from this pre-activation
+          copy(l.pre, l.best_pre);
+        } else {
+          swap(l.best_pre, l.pre);
+        }
+      } else {
+        ++l.idle;
+      }
+      if (double(l.best_residual) <= task_.tol) return finish(l, Status::kConverged);
+      if (l.iterations == task_.max_iter) return finish(l, Status::kMaxIter);
+      if (task_.ramp) anchor(task_, l, double(relative));
+    }
+    if (!step(l, at, low, double(relative))) return finish(l, Status::kNonfinite);
+    if (l.iterations >= task_.patience && l.idle >= task_.patience) {
+      return finish(l, Status::kStagnated);
+    }
+    l.low = task_.ramp && next_is_low(task_, l, double(relative));
+    ++l.iterations;
+    return false;
+  }
+
+  // Writes the next point. False when there is none, because the value is not finite.
+  bool step(Line<T>& l, const T* at, bool low, double relative) {
+    if (low && !__builtin_isfinite(l.norm)) {
+      // Perhaps bfloat16 is to blame: back to the best point, in full precision.
+      l.may_be_low = false;
+      copy(l.best, l.point);
+      return true;
+    }
+    if (task_.window > 0) {
+      // Close to the next anchor the rounding of bfloat16 hides how fast the residual falls.
+      const bool reliable = low ? relative > 5 * l.goal : !l.may_be_low;
+      if (l.plain && reliable && !(l.norm <= task_.accelerate_above * l.previous_norm)) {
+        l.plain = false;
+        l.may_be_low = false;
+      }
+      if (!l.plain) return anderson_step(task_, l, at, small_);
+    }
+    if (!__builtin_isfinite(l.norm)) return false;
+    if (task_.damping == 1) {
+      swap(l.point, l.value);
+      return true;
+    }
+    const Vec<T> damping = splat<T>(T(task_.damping));
+    for (int64_t j = 0; j < task_.size; j += kLanes<T>) {
+      const Vec<T> z = load(at + j);
+      store(l.point + j, z + damping * (load(l.value + j) - z));
+    }
+    return true;
+  }
+
+  bool finish(const Line<T>& l, Status status) {
+    const int64_t size = task_.size, offset = l.sample * size;
+    const T length = T(l.length);
+    for (int64_t j = 0; j < size; ++j) task_.value[offset + j] = l.best[j] * length;
+    if (task_.value_slope != nullptr) {
+      activate(task_.activation, 1, l.best_pre, task_.value_slope + offset, size);
+    }
+    task_.status[l.sample] = int8_t(status);
+    task_.iterations[l.sample] = l.iterations;
+    task_.residual[l.sample] = l.best_residual;
+    if (task_.rejects != nullptr) {
+      for (int i = 0; i < kCounters; ++i) task_.rejects[l.sample * kCounters + i] = l.rejects[i];
+    }
+    return true;
+  }
+
+  static void swap(T*& a, T*& b) {
+    T* const c = a;
+    a = b;
+    b = c;
+  }
+
+  void copy(const T* from, T* to) const {
+    for (int64_t j = 0; j < task_.size; j += kLanes<T>) store(to + j, load(from + j));
+  }
+
+  const SolveTask<T>& task_;
+  const Epilogue<T> epilogue_;
+  Line<T>* lines_;
+  int32_t* order_;  // the lines, those in use first
+  int64_t active_ = 0;
+  const void** rows_;
+  double* small_;
+};
+
+template <typename T>
+void work(const SolveTask<T>& task, int64_t worker) {
+  Worker<T>(task, task.scratch + worker * scratch_bytes(task)).run();
+}
+
+template <typename T>
+constexpr EngineFor<T> engine_for() {
+  return {&packed_size<T>, &panels<T>, &pack<T>, &scratch_bytes<T>, &work<T>, &activate<T>};
+}
+
+}  // namespace FASTDEQ_TARGET
+}  // namespace fastdeq
