@@ -1,9 +1,9 @@
-"""Makes the helpers beside this file importable, and prints the table of all races at the end."""
+"""Makes the helpers beside this file importable, and shows or writes the results at the end."""
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -11,56 +11,55 @@ import pytest
 # Under every import mode and from every folder.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contestants import ENTRIES
-from interleave import Race
+from record import load, write_json
+from report import Races, report
 
-RACES = pytest.StashKey[dict[tuple[tuple[int, int], str], Race]]()
+RACES = pytest.StashKey[Races]()
+LOAD = pytest.StashKey["float | None"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastdeq benchmark")
+    group.addoption("--results", help="write the results to this JSON file, and a plot beside it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RACES] = {}
+    config.stash[LOAD] = load()
+    # pytest-benchmark's own tables compare runs that were not interleaved; -v shows them.
+    if hasattr(config.option, "benchmark_quiet") and config.option.verbose < 1:
+        config.option.benchmark_quiet = True
 
 
 @pytest.fixture(scope="session")
-def races(request: pytest.FixtureRequest) -> dict[tuple[tuple[int, int], str], Race]:
-    """Collects what the table shows."""
+def races(request: pytest.FixtureRequest) -> Races:
+    """Collects what is shown."""
     return request.config.stash[RACES]
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    timed = [race for race in config.stash[RACES].values() if race.medians]
-    if not timed:
+) -> Generator[None, None, None]:
+    """After everything else, so that the ratios are what one sees."""
+    yield
+    races = config.stash[RACES]
+    if not any(race.medians for race in races.values()):
         return
-    write = terminalreporter.write_line
-    terminalreporter.section("time relative to torchdeq's fastest solver")
-    write("Medians of interleaved rounds at the same verified residual; below 1 is faster. In")
-    write("brackets: iterations, worst sample (full: forward+adjoint). torchdeq-simple has no stop")
-    write("test: it was told the number of iterations. bare-products solves nothing.")
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if load > 1.25 * cores:  # a run of its own makes it about 1 per core
-        write(f"The machine is busy with other things (load {load:.1f} on {cores} cores), and a")
-        write("thread that waits for its core stalls the others: do not trust these numbers.")
-    names = [entry.name for entry in ENTRIES]
-    upper, lower = zip(*(name.split("-", 1) for name in names), strict=True)
-    head = [("", "", "", *upper, "torchdeq's"), ("d x B", "mode", "rounds", *lower, "fastest")]
-    rows = [*head, *(_row(race, names) for race in timed)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        write("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    for title, lines in report(races):
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+    if config.option.results:
+        path = Path(config.option.results)
+        write_json(path, races, config.stash[LOAD])
+        terminalreporter.write_line(f"written: {path}, {_plotted(path)}")
 
 
-def _row(race: Race, names: list[str]) -> tuple[str, ...]:
-    cells = [_cell(race, name) for name in names]
-    fastest = race.reference
-    shown = f"{race.medians[fastest] * 1e3:.2f} ms {fastest[9:]}" if fastest else "-"
-    return "{} x {}".format(*race.size), race.mode, str(race.rounds), *cells, shown
+def _plotted(path: Path) -> str:
+    try:
+        from plot import plot
 
-
-def _cell(race: Race, name: str) -> str:
-    if name not in race.medians:
-        return "-"
-    ratio = race.ratio(name)
-    time = f"{race.medians[name] * 1e3:.2f} ms" if ratio is None else f"{ratio:.2f}"
-    return f"{time} ({race.ready[name].iterations})"
+        return str(plot(path))
+    except ImportError:
+        return "and no plot without matplotlib (`pip install 'fastdeq[bench]'`)"

@@ -3,10 +3,11 @@
     infer()           a state, without a graph
     attached(z0)      a state with a graph; z0 replaces the start of zeros
     gradients(s)      of <g, z> in (W, x, U, b), from a state with a graph
-    full()            both
+    full(z0)          both
     tensor(s)         z of a state, as a torch tensor
     iterations        of the latest forward and adjoint solve, worst sample; None where unknown
-    products          evaluations of W z and of q W in them, worst sample
+    count_products()  evaluations of W z and of q W in ``full()``, worst sample; not what only the
+                      slopes at the solution or the gradients at the end are made of
 
 Everybody gets (W, U, b, x) and computes ``c = U x + b`` once. A setting is a tolerance, or a number
 of iterations for a solver that has no stop test.
@@ -37,14 +38,13 @@ class Contestant:
         parts = (problem.weight, problem.x, problem.input_weight, problem.bias)
         self.leaves = tuple(part.clone().requires_grad_() for part in parts)
         self.start = torch.zeros(problem.batch, problem.d)
-        self.counting = False  # whether products may be counted in a way that takes time
 
     @property
     def iterations(self) -> Counts:
         raise NotImplementedError
 
-    @property
-    def products(self) -> Counts:
+    def count_products(self) -> Counts:
+        self.full()
         return self.iterations
 
     def infer(self) -> Any:
@@ -57,8 +57,8 @@ class Contestant:
         """Keeps the graph, so that it can be timed again."""
         return torch.autograd.grad(state, self.leaves, self.problem.grad, retain_graph=True)
 
-    def full(self) -> tuple[Any, ...]:
-        return self.gradients(self.attached())
+    def full(self, z0: Tensor | None = None) -> tuple[Any, ...]:
+        return self.gradients(self.attached(z0))
 
     def tensor(self, state: Any) -> Tensor:
         return state.detach()
@@ -101,9 +101,9 @@ class FastDEQ(Contestant):
         )
         return forward, adjoint
 
-    @property
-    def products(self) -> Counts:
+    def count_products(self) -> Counts:
         """One more evaluation verifies the last update; the adjoint's first one is known, D g."""
+        self.full()
         forward, adjoint = self.iterations
         return None if forward is None else forward + 1, adjoint
 
@@ -148,7 +148,7 @@ class TorchDEQ(Contestant):
         self.evaluating = torchdeq.get_deq(**options).eval()
         self._forward_info: dict[str, Tensor] | None = None
         self._adjoint_info: dict[str, Tensor] | None = None
-        self._counted = [0, 0]
+        self._counted: list[int] | None = None  # products, while they are counted
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         weight, x, input_weight, bias = self.leaves
@@ -158,21 +158,7 @@ class TorchDEQ(Contestant):
         def plain(z: Tensor) -> Tensor:
             return phi(torch.addmm(c, z, transposed))
 
-        self._counted = [0, 0]
-        counted = self._counted
-
-        def count_product(grad: Tensor) -> None:
-            counted[1] += 1
-
-        def counting(z: Tensor) -> Tensor:
-            counted[0] += 1
-            if z.requires_grad:  # inside the adjoint solve only
-                counted[0] -= 1
-                z = z.view_as(z)
-                z.register_hook(count_product)
-            return plain(z)
-
-        return counting if self.counting else plain
+        return plain if self._counted is None else _counting(plain, self._counted)
 
     def infer(self) -> Tensor:
         with torch.no_grad():
@@ -197,9 +183,26 @@ class TorchDEQ(Contestant):
         )
         return forward, adjoint
 
-    @property
-    def products(self) -> Counts:
-        return self._counted[0], self._counted[1]
+    def count_products(self) -> Counts:
+        self._counted = counted = [0, 0]
+        self.full()
+        self._counted = None
+        return counted[0], counted[1]
+
+
+def _counting(f: Callable[[Tensor], Tensor], counted: list[int]) -> Callable[[Tensor], Tensor]:
+    def count(_: Tensor) -> None:
+        counted[1] += 1
+
+    def counting(z: Tensor) -> Tensor:
+        if z.requires_grad:  # it is called so once, for the slopes of the adjoint's solve
+            z = z.view_as(z)
+            z.register_hook(count)
+        else:
+            counted[0] += 1
+        return f(z)
+
+    return counting
 
 
 class TorchDEQSimple(TorchDEQ):

@@ -12,17 +12,21 @@ BiCGSTAB; ``FixedPointIteration`` gets itself, which is the Neumann series.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from contestants import Contestant, Counts
-from problems import Problem
+from problems import Problem, Spec
 from torch import Tensor
+
+Map = Callable[[Any], Any]
 
 
 class JaxOpt(Contestant):
-    """``per_sample`` maps the solver over the batch (``vmap``): weights and stop test of each."""
+    """``window``: of Anderson acceleration; 0: plain iteration. ``per_sample`` maps the solver over
+    the batch (``vmap``): mixing weights and a stop test for each sample."""
 
     def __init__(
         self,
@@ -36,30 +40,94 @@ class JaxOpt(Contestant):
         import jax
 
         super().__init__(problem)
-        self._settings, self._window, self._per_sample = (f_setting, b_setting), window, per_sample
+        self._method = (problem.spec, window, per_sample)
         parts = (problem.weight, problem.x, problem.input_weight, problem.bias)
         self._leaves = tuple(map(_to_jax, parts))
         self._grad, self._zeros = _to_jax(problem.grad), _to_jax(self.start)
         norms = problem.solution.norm(dim=1)
         scale = norms.mean() if per_sample else norms.norm()
-        self._absolute = f_setting * float(scale)
-        self._iterations: Counts = (None, None)
-
-        solve = self._solve
-        self._infer = jax.jit(lambda start, *leaves: solve(start, *leaves)[0])
-        self._count = jax.jit(lambda start, *leaves: solve(start, *leaves)[1])
-
-        def attached(start: Any, *leaves: Any) -> Any:
-            return jax.vjp(lambda *a: solve(start, *a)[0], *leaves)
-
-        def full(start: Any, grad: Any, *leaves: Any) -> Any:
-            return attached(start, *leaves)[1](grad)
-
-        self._attached, self._full = jax.jit(attached), jax.jit(full)
+        self._tolerances = f_setting * float(scale), b_setting
+        self._infer, self._full = _compiled(*self._method)
+        # A gradient that is taken later cannot have its tolerance as an input.
+        solve = _Solve(*self._method, *self._tolerances)
+        self._attached = jax.jit(solve.attached)
         self._pull = jax.jit(lambda vjp, grad: vjp(grad))
         self._wait = jax.block_until_ready
+        self._iterations: int | None = None
 
-    def _solve(self, start: Any, weight: Any, x: Any, input_weight: Any, bias: Any) -> Any:
+    def infer(self) -> Any:
+        return self._keep(self._infer(*self._tolerances, self._zeros, *self._leaves))
+
+    def attached(self, z0: Tensor | None = None) -> Any:
+        return self._keep(self._attached(self._start(z0), *self._leaves))
+
+    def _keep(self, state: Any) -> Any:
+        self._iterations = state[-1]
+        return self._wait(state)
+
+    def _start(self, z0: Tensor | None) -> Any:
+        return self._zeros if z0 is None else _to_jax(z0)
+
+    def gradients(self, state: Any) -> tuple[Any, ...]:
+        return self._wait(self._pull(state[1], self._grad))
+
+    def full(self, z0: Tensor | None = None) -> tuple[Any, ...]:
+        inputs = (*self._tolerances, self._start(z0), self._grad, *self._leaves)
+        return self._wait(self._full(*inputs))
+
+    def tensor(self, state: Any) -> Tensor:
+        return torch.from_numpy(np.array(state[0]))
+
+    @property
+    def iterations(self) -> Counts:
+        """jaxopt does not report the adjoint's."""
+        return None if self._iterations is None else int(self._iterations), None
+
+    def count_products(self) -> Counts:
+        import jax
+
+        self.attached()
+        counter = _Solve(*self._method, *self._tolerances, counting=True)
+        jax.jit(counter.full)(self._zeros, self._grad, *self._leaves)
+        jax.effects_barrier()
+        return self.iterations[0], counter.adjoint_products
+
+
+@cache
+def _compiled(spec: Spec, window: int, per_sample: bool) -> tuple[Any, Any]:
+    """The state, and the gradients, for any tolerances."""
+    import jax
+
+    method = (spec, window, per_sample)
+
+    def infer(f_tol: Any, b_tol: Any, start: Any, *leaves: Any) -> Any:
+        return _Solve(*method, f_tol, b_tol)(start, *leaves)
+
+    def full(f_tol: Any, b_tol: Any, start: Any, grad: Any, *leaves: Any) -> Any:
+        return _Solve(*method, f_tol, b_tol).full(start, grad, *leaves)
+
+    return jax.jit(infer), jax.jit(full)
+
+
+class _Solve:
+    """Functions of JAX arrays: start, g, and the leaves W, x, U, b."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        window: int,
+        per_sample: bool,
+        f_tol: Any,
+        b_tol: Any,
+        *,
+        counting: bool = False,
+    ):
+        self.spec, self.window, self.per_sample = spec, window, per_sample
+        self.tolerances, self.counting = (f_tol, b_tol), counting
+        self.adjoint_products = 0
+
+    def __call__(self, start: Any, weight: Any, x: Any, input_weight: Any, bias: Any) -> Any:
+        """z and the number of iterations."""
         import jax
         import jax.numpy as jnp
 
@@ -73,62 +141,65 @@ class JaxOpt(Contestant):
             return params, state.iter_num
 
         c = x @ input_weight.T + bias
-        if self._per_sample:
+        if self.per_sample:
             z, count = jax.vmap(run, in_axes=(0, None, 0))(start, weight, c)
             return z, count.max()
         return run(start, weight, c)
 
+    def attached(self, start: Any, *leaves: Any) -> Any:
+        """z, its pullback, and the number of iterations."""
+        import jax
+
+        return jax.vjp(lambda *leaves: self(start, *leaves), *leaves, has_aux=True)
+
+    def full(self, start: Any, grad: Any, *leaves: Any) -> Any:
+        return self.attached(start, *leaves)[1](grad)
+
     def _solver(self, f: Callable[..., Any]) -> Any:
         import jaxopt
 
-        options = {"maxiter": self.spec.max_iter, "tol": self._absolute, "implicit_diff": True}
-        if self._window:
-            options |= {"history_size": self._window, "ridge": 1e-8}
+        options = {"maxiter": self.spec.max_iter, "tol": self.tolerances[0], "implicit_diff": True}
+        if self.window:
+            options |= {"history_size": self.window, "ridge": 1e-8}
             options["implicit_diff_solve"] = self._bicgstab
             return jaxopt.AndersonAcceleration(f, **options)
         options["implicit_diff_solve"] = self._neumann
         return jaxopt.FixedPointIteration(f, **options)
 
-    def _bicgstab(self, matvec: Callable[[Any], Any], b: Any) -> Any:
+    def _bicgstab(self, matvec: Map, b: Any) -> Any:
         from jaxopt.linear_solve import solve_bicgstab
 
-        return solve_bicgstab(matvec, b, tol=self._settings[1], maxiter=self.spec.max_iter)
+        matvec, tol = self._counted(matvec), self.tolerances[1]
+        return solve_bicgstab(matvec, b, tol=tol, maxiter=self.spec.max_iter)
 
-    def _neumann(self, matvec: Callable[[Any], Any], b: Any) -> Any:
+    def _neumann(self, matvec: Map, b: Any) -> Any:
         """``(J^T - I) u = b`` as ``u = J^T u - b``."""
         import jax.numpy as jnp
         import jaxopt
 
+        matvec = self._counted(matvec)
         solver = jaxopt.FixedPointIteration(
             lambda u, b: matvec(u) + u - b,
             maxiter=self.spec.max_iter,
-            tol=self._settings[1] * jnp.linalg.norm(b),
+            tol=self.tolerances[1] * jnp.linalg.norm(b),
             implicit_diff=False,
             unroll=False,
         )
         return solver.run(-b, b).params
 
-    def infer(self) -> Any:
-        return self._wait(self._infer(self._zeros, *self._leaves))
+    def _counted(self, matvec: Map) -> Map:
+        if not self.counting:
+            return matvec
+        import jax
 
-    def attached(self, z0: Tensor | None = None) -> Any:
-        start = self._zeros if z0 is None else _to_jax(z0)
-        return self._wait(self._attached(start, *self._leaves))
+        def counted(u: Any) -> Any:
+            jax.debug.callback(self._count)
+            return matvec(u)
 
-    def gradients(self, state: Any) -> tuple[Any, ...]:
-        return self._wait(self._pull(state[1], self._grad))
+        return counted
 
-    def full(self) -> tuple[Any, ...]:
-        return self._wait(self._full(self._zeros, self._grad, *self._leaves))
-
-    def tensor(self, state: Any) -> Tensor:
-        z = state[0] if isinstance(state, tuple) else state
-        return torch.from_numpy(np.array(z))
-
-    @property
-    def iterations(self) -> Counts:
-        """The adjoint's are not reported by jaxopt."""
-        return int(self._count(self._zeros, *self._leaves)), None
+    def _count(self) -> None:
+        self.adjoint_products += 1
 
 
 def _to_jax(tensor: Tensor) -> Any:

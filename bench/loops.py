@@ -117,8 +117,7 @@ class Products(Contestant):
 
     @staticmethod
     def _of(solver: FastDEQ) -> Counts:
-        solver.full()
-        return solver.products
+        return solver.count_products()
 
     @property
     def iterations(self) -> Counts:

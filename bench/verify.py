@@ -8,6 +8,7 @@ the adjoint. At these settings the gradient must then be the one that belongs to
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ from problems import Problem, Spec, problem_of
 
 from fastdeq import ConvergenceError
 
+_ALIKE = 5
+
 
 class NotReachedError(Exception):
     """A contestant cannot take part; the message says why."""
@@ -31,7 +34,7 @@ class Ready:
 
     run: Callable[[], Any]
     iterations: Counts
-    products: Counts
+    products: Counts  # counted in the mode "full" only
     facts: dict[str, Any]
 
 
@@ -53,26 +56,16 @@ def prepare(entry: Entry, spec: Spec, mode: str) -> Ready:
         facts["residual"] = problem.state_residual(contestant.tensor(contestant.infer()))
     else:
         contestant, facts = _prepare_training(entry, problem)
-    contestant.counting = True
     if mode == "forward":
         contestant.infer()
-    state = None if mode == "forward" else contestant.attached()
-    if state is not None:
-        contestant.gradients(state)
-    iterations, products = contestant.iterations, contestant.products
-    contestant.counting = False
-    if mode == "forward":
-        return Ready(contestant.infer, _only(iterations, 0), _only(products, 0), facts)
-    if mode == "full":
-        return Ready(contestant.full, iterations, products, facts)
+        return Ready(contestant.infer, (contestant.iterations[0], None), (None, None), facts)
     state = contestant.attached()
-    return Ready(
-        lambda: contestant.gradients(state), _only(iterations, 1), _only(products, 1), facts
-    )
-
-
-def _only(counts: Counts, direction: int) -> Counts:
-    return (counts[0], None) if direction == 0 else (None, counts[1])
+    contestant.gradients(state)
+    iterations = contestant.iterations
+    if mode == "full":
+        return Ready(contestant.full, iterations, contestant.count_products(), facts)
+    run = functools.partial(contestant.gradients, state)
+    return Ready(run, (None, iterations[1]), (None, None), facts)
 
 
 def _prepare_training(entry: Entry, problem: Problem) -> tuple[Contestant, dict[str, Any]]:
@@ -97,7 +90,27 @@ def _prepare_training(entry: Entry, problem: Problem) -> tuple[Contestant, dict[
     }
 
 
-@cache
+def _remembered(find: Callable[[Entry, Problem], float]) -> Callable[[Entry, Problem], float]:
+    """Calls ``find`` once per arguments, also where it raises."""
+
+    @cache
+    def found(entry: Entry, problem: Problem) -> float | NotReachedError:
+        try:
+            return find(entry, problem)
+        except NotReachedError as reason:
+            return reason
+
+    @functools.wraps(find)
+    def setting(entry: Entry, problem: Problem) -> float:
+        result = found(entry, problem)
+        if isinstance(result, NotReachedError):
+            raise result
+        return result
+
+    return setting
+
+
+@_remembered
 def _inference_setting(entry: Entry, problem: Problem) -> float:
     def residual(setting: float) -> float:
         contestant = entry.build(problem, setting, problem.spec.tol)
@@ -106,7 +119,7 @@ def _inference_setting(entry: Entry, problem: Problem) -> float:
     return _loosest(entry.forward_settings(problem.spec), residual, problem.allowed)
 
 
-@cache
+@_remembered
 def _training_setting(entry: Entry, problem: Problem) -> float:
     def residual(setting: float) -> float:
         contestant = entry.build(problem, setting, problem.spec.tol)
@@ -117,15 +130,14 @@ def _training_setting(entry: Entry, problem: Problem) -> float:
     return _loosest(entry.forward_settings(problem.spec), residual, problem.allowed)
 
 
-@cache
+@_remembered
 def _adjoint_setting(entry: Entry, problem: Problem) -> float:
-    # A plain solve of the state, from z*: how it is solved does not matter here.
     forward = _training_setting(entry, problem)
 
     def residual(setting: float) -> float:
         contestant = entry.build(problem, forward, setting)
-        state = contestant.attached(problem.solution.float())
-        return problem.adjoint_residual(_torch(contestant.gradients(state)[1]))
+        grad_x = contestant.full(problem.solution.float())[1]
+        return problem.adjoint_residual(_torch(grad_x))
 
     return _loosest(tolerances(problem.spec), residual, problem.allowed)
 
@@ -142,16 +154,13 @@ def _loosest(
     settings: Sequence[float], residual: Callable[[float], float], allowed: float
 ) -> float:
     """The first of ``settings``, which run from loose to tight, whose residual is allowed."""
-    best, failure = float("inf"), ""
+    best, failure, seen = float("inf"), "", []
 
     def reached(setting: float) -> bool:
-        nonlocal best, failure
-        try:
-            value = residual(setting)
-        except (torch.linalg.LinAlgError, ConvergenceError) as error:
-            failure = f"; at {setting:g}: {error}"
-            return False
+        nonlocal best
+        value = residual(setting)
         best = min(best, value)
+        seen.append(value)
         return value <= allowed
 
     if isinstance(settings, range):  # numbers of iterations: many, and the residual falls
@@ -160,9 +169,16 @@ def _loosest(
             return settings[index]
     else:
         for setting in settings:
-            if reached(setting):
-                return setting
+            try:
+                if reached(setting):
+                    return setting
+            except (torch.linalg.LinAlgError, ConvergenceError) as error:
+                failure = f"; at {setting:g}: {error}"
+                break
+            # A tolerance of a quarter with the same result: it runs into its iteration limit.
+            if len(seen) >= _ALIKE and len(set(seen[-_ALIKE:])) == 1:
+                break
     raise NotReachedError(
-        f"no setting down to {settings[-1]:g} reaches a residual of {allowed:.3g} in float64; "
-        f"the best was {best:.3g}{failure}"
+        f"no setting reaches a residual of {allowed:.3g} in float64; the best was {best:.3g}"
+        + failure
     )

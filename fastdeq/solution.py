@@ -116,7 +116,7 @@ def failure_message(solution: Solution, what: str, worst: int = 3) -> str:
 
 def handle_failure(solution: Solution, on_failure: str, what: str) -> bool:
     """Applies the policy; returns True when it warned, so that a caller can warn only once."""
-    if on_failure == "ignore" or bool(solution.converged.all()):
+    if on_failure == "ignore" or not bool(solution.status.any()):  # CONVERGED is 0
         return False
     message = failure_message(solution, what)
     if on_failure == "raise":

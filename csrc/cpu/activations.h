@@ -2,8 +2,8 @@
 // the same formulas, with the same results for NaN. At +-inf they are finite or infinite where
 // PyTorch's are NaN only by way of its own kernels (gelu(inf)); inf times 0 stays NaN.
 //
-// FASTDEQ_FOR_EACH_ACTIVATION(F) expands to F("identity", Identity) F("relu", Relu) ... in the order
-// of the table there, for dispatchers.
+// FASTDEQ_FOR_EACH_ACTIVATION(F) expands to F("identity", Identity) F("relu", Relu) ... in the
+// order of the table there, for dispatchers.
 
 #pragma once
 

@@ -1,9 +1,11 @@
 // What follows a product, per line and panel: pre-activation, value, residual, next difference.
 //
-//   exact   pre  = product + c          low   pre += product
 //   value = phi(pre), adjoint: D pre
+//   exact   pre  = product + c, value is stored
+//   low     pre += product, and the point is replaced by the next one, a plain step: the product
+//           does not read the point, so a line touches less memory
 //   square_difference += |value - point|^2,  square_value += |value|^2
-//   delta = bfloat16(damping (value - point)), where the ramp is on: the plain step
+//   next_delta = bfloat16(damping (value - point)), where the ramp is on: the plain step
 //
 // The product comes from a buffer in the first-level cache; everything else is read and written
 // once.
@@ -44,41 +46,44 @@ struct Adjoint {
 };
 
 // For the outputs begin <= j < end of one line; begin is a multiple of a vector.
-template <typename T, typename Map>
+template <typename T, typename Map, bool kLow>
 void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t begin,
-              int64_t end, bool low) {
-  const T* base = low ? line.pre : line.injection;
+              int64_t end) {
+  const T* base = kLow ? line.pre : line.injection;
+  T* const result = kLow ? line.point : line.value;
+  const bool damped = task.damping != 1;
   const Vec<T> damping = splat<T>(T(task.damping));
   Vec<T> square_difference = {}, square_value = {};
   for (int64_t j = begin; j < end; j += kLanes<T>) {
     const Vec<T> pre = load(product + (j - begin)) + load(base + j);
     Vec<T> value = Map::template apply<T>(pre, line, j);
     if (end - j < kLanes<T>) value = first_lanes<T>(value, end - j);
-    const Vec<T> difference = value - load(line.point + j);
+    const Vec<T> point = load(line.point + j);
+    const Vec<T> difference = value - point;
+    const Vec<T> change = damped ? damping * difference : difference;
     square_difference += difference * difference;
     square_value += value * value;
     store(line.pre + j, pre);
-    store(line.value + j, value);
+    store(result + j, kLow && damped ? point + change : value);
 #if defined(FASTDEQ_BFLOAT16)
     if constexpr (sizeof(T) == 4) {
-      if (line.delta != nullptr) store_low(line.delta + j, damping * difference);
+      if (line.next_delta != nullptr) store_low(line.next_delta + j, change);
     }
 #endif
   }
-  (void)damping;
   line.square_difference += double(sum(square_difference));
   line.square_value += double(sum(square_value));
 }
 
 template <typename T>
-using Epilogue = void (*)(const SolveTask<T>&, Line<T>&, const T*, int64_t, int64_t, bool);
+using Epilogue = void (*)(const SolveTask<T>&, Line<T>&, const T*, int64_t, int64_t);
 
-template <typename T>
+template <typename T, bool kLow>
 Epilogue<T> epilogue_for(const SolveTask<T>& task) {
-  if (task.slope != nullptr) return &epilogue<T, Adjoint>;
+  if (task.slope != nullptr) return &epilogue<T, Adjoint, kLow>;
   int index = 0;
 #define FASTDEQ_CHOOSE(name, functor) \
-  if (index++ == task.activation) return &epilogue<T, Forward<functor>>;
+  if (index++ == task.activation) return &epilogue<T, Forward<functor>, kLow>;
   FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
 #undef FASTDEQ_CHOOSE
   return nullptr;

@@ -21,7 +21,8 @@ struct Line {
   T* best_pre;
   T* injection;
   T* slope;         // adjoint only
-  uint16_t* delta;  // ramp only, bfloat16: the next point minus this one
+  uint16_t* delta;       // ramp only, bfloat16: this point minus the one before
+  uint16_t* next_delta;  // and the next point minus this one
   T* f_history;     // Anderson only: (window + 1, stride) each
   T* g_history;
   double* gram;  // (window + 1, window + 1)
@@ -60,7 +61,7 @@ template <typename T>
 int64_t line_bytes(const SolveTask<T>& task) {
   const int64_t row = stride_of<T>(task.size) * int64_t(sizeof(T)), slots = task.window + 1;
   int64_t bytes = kBuffers * row;
-  if (task.ramp) bytes += align(2 * stride_of<T>(task.size));
+  if (task.ramp) bytes += 2 * align(2 * stride_of<T>(task.size));
   if (task.window > 0) bytes += 2 * slots * row + align(slots * slots * int64_t(sizeof(double)));
   return bytes;
 }
@@ -93,11 +94,13 @@ void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   line.injection = row + 5 * stride;
   line.slope = row + 6 * stride;
   at += kBuffers * stride * int64_t(sizeof(T));
-  line.delta = nullptr;
+  line.delta = line.next_delta = nullptr;
   if (task.ramp) {
+    const int64_t bytes = align(2 * stride);
+    for (int64_t i = 0; i < 2 * bytes; ++i) at[i] = std::byte(0);
     line.delta = reinterpret_cast<uint16_t*>(at);
-    for (int64_t i = 0; i < stride; ++i) line.delta[i] = 0;
-    at += align(2 * stride);
+    line.next_delta = reinterpret_cast<uint16_t*>(at + bytes);
+    at += 2 * bytes;
   }
   line.f_history = line.g_history = nullptr;
   line.gram = nullptr;

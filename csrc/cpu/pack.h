@@ -38,35 +38,79 @@ inline void pack_low(const float* panel, int64_t width, int64_t size, uint32_t* 
 
 #endif
 
+// a0 b0 a1 b1 ... into two vectors.
+template <typename T>
+FASTDEQ_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>* out) {
+#if defined(__clang__)
+  for (int i = 0; i < kLanes<T> / 2; ++i) {
+    const int high = i + kLanes<T> / 2;
+    out[0][2 * i] = a[i], out[0][2 * i + 1] = b[i];
+    out[1][2 * i] = a[high], out[1][2 * i + 1] = b[high];
+  }
+#else
+  IVec<T> low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T> / 2; ++i) {
+    low[2 * i] = i, low[2 * i + 1] = i + kLanes<T>;
+    high[2 * i] = i + kLanes<T> / 2, high[2 * i + 1] = i + kLanes<T> * 3 / 2;
+  }
+  out[0] = __builtin_shuffle(a, b, low);
+  out[1] = __builtin_shuffle(a, b, high);
+#endif
+}
+
+// The transpose of a square of vectors: each stage interleaves row i with row i + n / 2.
+template <typename T>
+FASTDEQ_INLINE void transpose(Vec<T>* rows) {
+  constexpr int n = kLanes<T>;
+  for (int stage = 1; stage < n; stage *= 2) {
+    Vec<T> mixed[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) interleave<T>(rows[i], rows[i + n / 2], mixed + 2 * i);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = mixed[i];
+  }
+}
+
+// panel[k][j] = from[j][k] for a whole vector of outputs j.
+template <typename T>
+void pack_transposed(const T* from, int64_t stride, int64_t size, T* panel, int64_t width) {
+  constexpr int n = kLanes<T>;
+  int64_t k = 0;
+  for (; k + n <= size; k += n) {
+    Vec<T> rows[n];
+#pragma GCC unroll 16
+    for (int j = 0; j < n; ++j) rows[j] = load(from + j * stride + k);
+    transpose<T>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) store(panel + (k + i) * width, rows[i]);
+  }
+  for (; k < size; ++k) {
+    for (int j = 0; j < n; ++j) panel[k * width + j] = from[j * stride + k];
+  }
+}
+
 template <typename T>
 void pack(const SolveTask<T>& task, int64_t first_panel, int64_t last_panel) {
   const int64_t size = task.size;
-  constexpr int64_t kBlock = 64;  // inputs read at once where the weight runs along them
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const int64_t begin = p * kPanel<T>;
     const int64_t width = vectors_at<T>(begin, size) * kLanes<T>;
     const int64_t used = size - begin < width ? size - begin : width;
     T* panel = task.packed + begin * size;
     const T* source = task.weight + begin * task.output_stride;
-    if (task.output_stride == 1) {
-      for (int64_t k = 0; k < size; ++k) {
-        const T* from = source + k * task.input_stride;
-        T* to = panel + k * width;
-        for (int64_t j = 0; j < used; ++j) to[j] = from[j];
-        for (int64_t j = used; j < width; ++j) to[j] = 0;
+    int64_t done = 0;
+    if (task.input_stride == 1) {
+      for (; done + kLanes<T> <= used; done += kLanes<T>) {
+        pack_transposed(source + done * task.output_stride, task.output_stride, size, panel + done,
+                        width);
       }
-    } else {
-      for (int64_t k0 = 0; k0 < size; k0 += kBlock) {
-        const int64_t k1 = size < k0 + kBlock ? size : k0 + kBlock;
-        for (int64_t j = 0; j < width; ++j) {
-          const T* from = source + j * task.output_stride;
-          if (j < used) {
-            for (int64_t k = k0; k < k1; ++k) panel[k * width + j] = from[k];
-          } else {
-            for (int64_t k = k0; k < k1; ++k) panel[k * width + j] = 0;
-          }
-        }
-      }
+    }
+    for (int64_t k = 0; k < size; ++k) {
+      const T* from = source + k * task.input_stride;
+      T* to = panel + k * width;
+      for (int64_t j = done; j < used; ++j) to[j] = from[j * task.output_stride];
+      for (int64_t j = used; j < width; ++j) to[j] = 0;
     }
 #if defined(FASTDEQ_BFLOAT16)
     if constexpr (sizeof(T) == 4) {

@@ -14,7 +14,7 @@
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
-constexpr double kDrop = 150;
+constexpr double kDrop = 400;
 
 // After an evaluation in full precision: the next anchor, equal drops on the way to the tolerance.
 template <typename T>
@@ -22,7 +22,7 @@ void anchor(const SolveTask<T>& task, Line<T>& line, double relative) {
   if (line.anchored && !(relative <= 0.5 * line.anchor)) line.may_be_low = false;
   line.anchored = true;
   line.anchor = relative;
-  const double target = 0.9 * task.tol;
+  const double target = 0.97 * task.tol;
   double drop = kDrop;
   if (target > 0 && relative > target) {
     const double total = __builtin_log(relative / target);

@@ -27,11 +27,10 @@ namespace {
 constexpr int64_t kPatience = 50;
 constexpr double kResidualEps = 1e-9;
 
-// Bytes of a worker's lines: they stay in the second-level cache while W streams through it. No
-// fewer than kFewestLines share a pass over W.
-constexpr int64_t kLineBytes = 768 * 1024;
-constexpr int64_t kFewestLines = 48, kMostLines = 96;
-constexpr int64_t kScratchBytes = int64_t(1) << 28;  // whatever the window
+// Samples that share a worker's pass over W; 24 to 96 differ by little. Fewer where a large window
+// would take more than kScratchBytes.
+constexpr int64_t kMostLines = 96;
+constexpr int64_t kScratchBytes = int64_t(1) << 28;
 
 // A thread is woken for no less than this, in multiply-adds of an assumed number of iterations.
 constexpr double kWorkPerThread = 5e5;
@@ -147,8 +146,7 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   const int64_t each = (task.batch + workers - 1) / workers;
   task.lines = 1;
   const int64_t one = engine.scratch_bytes(task);
-  const int64_t fitting = std::clamp(kLineBytes / one, kFewestLines, kMostLines);
-  task.lines = std::min(each, std::max<int64_t>(1, std::min(fitting, kScratchBytes / one)));
+  task.lines = std::min(each, std::clamp<int64_t>(kScratchBytes / one, 1, kMostLines));
 
   const auto bytes = weight.options().dtype(at::kByte);
   const int64_t packed = engine.packed_size(task.size);

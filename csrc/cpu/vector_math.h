@@ -1,12 +1,27 @@
 // exp, expm1, log1p, tanh, erf and sigmoid of Vec<float> and Vec<double>, without branches.
 //
-// TABLE
+// Largest errors found, in units in the last place of the exact result:
 //
-// Every function passes NaN on, is exact at +-0 and +-inf, and keeps the sign of zero. Results below
-// the normal range are rounded to denormals, not flushed.
+//              float                            double
+//              AVX-512      AVX2     SSE2       AVX-512, AVX2      SSE2
+//   tanh          1.75      1.70     2.08                1.95      2.15
+//   exp           1.05      1.04     1.00                1.08      1.03
+//   expm1         1.60      1.58     1.68                2.16      2.24
+//   sigmoid       1.53      1.49     1.48                1.49      1.50
+//   log1p         1.40      1.38     1.38                1.34      1.35
+//   erf           2.61      2.50     2.53                2.63      2.74
+//
+// Float on AVX-512: all 2^32 inputs, against double; on the others 2.5e8 of them. Double: 1.2e7
+// inputs against 80-bit long double, so those numbers are no bounds. SSE2 has no FMA.
+//
+// NaN gives NaN, +-0 and +-inf their limits, and zero keeps its sign. Results below the normal
+// range are denormal, not flushed, within 0.76 of their last place. Time per element in the
+// first-level cache, Zen 4 with GCC 12, AVX-512 / AVX2 / SSE2: tanh 0.27 / 0.40 / 1.46 ns in float
+// and 0.80 / 1.17 / 4.1 ns in double, exp 0.17 / 0.29 / 1.11 ns in float; torch.tanh 2.5 ns,
+// torch.exp 0.8 ns.
 //
 // Coefficients: Remez exchange in 50-digit arithmetic on the interval named beside them, rounded to
-// the type one after the other with the rest fitted again (float). "Fit" is the largest relative
+// the type; in float one after the other, with the rest fitted again. "Fit" is the largest relative
 // error of the rounded approximation.
 
 #pragma once
@@ -17,13 +32,27 @@ namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
 // c0 + c1 x + c2 x^2 + ... by Horner's rule.
+template <class V, class T>
+FASTDEQ_INLINE V polynomial(V x, T c0, T c1) {
+  return x * c1 + c0;
+}
 template <class V, class T, class... Rest>
 FASTDEQ_INLINE V polynomial(V x, T c0, T c1, Rest... rest) {
-  if constexpr (sizeof...(rest) == 0) {
-    return x * c1 + c0;
-  } else {
-    return x * polynomial(x, c1, rest...) + c0;
-  }
+  return x * polynomial(x, c1, rest...) + c0;
+}
+
+// The same by Horner's rule in x^2 on pairs: as many operations, half as long a chain of them.
+template <class V, class T>
+FASTDEQ_INLINE V polynomial_pairs(V x, V, T c0, T c1) {
+  return x * c1 + c0;
+}
+template <class V, class T>
+FASTDEQ_INLINE V polynomial_pairs(V x, V x2, T c0, T c1, T c2) {
+  return x2 * c2 + (x * c1 + c0);
+}
+template <class V, class T, class... Rest>
+FASTDEQ_INLINE V polynomial_pairs(V x, V x2, T c0, T c1, T c2, T c3, Rest... rest) {
+  return x2 * polynomial_pairs(x, x2, c2, c3, rest...) + (x * c1 + c0);
 }
 
 // Layout of the type, and constants of which the low parts make products with integers exact.
@@ -34,7 +63,7 @@ template <>
 struct Format<float> {
   static constexpr int kMantissa = 23;
   static constexpr unsigned kBias = 127;
-  static constexpr float kRound = 0x1.8p23f;   // adding it rounds to an integer in the low bits
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 0x1.715476p+0f;
   static constexpr float kLn2 = 0x1.62e430p-1f;
   static constexpr float kLn2High = 0x1.62e4p-1f;  // 15 bits: n kLn2High is exact for |n| < 2^9
@@ -66,21 +95,22 @@ struct Format<double> {
 // coefficients, exactly. Fit: 2^-26.1 (float), 2^-54.8 (double).
 template <int scale>
 FASTDEQ_INLINE Vec<float> expm1_reduced(Vec<float> r) {
-  constexpr float s = scale;
-  return r * r *
-             polynomial(r, s * 0x1.fffffep-2f, s * s * 0x1.5554aap-3f, s * s * s * 0x1.555798p-5f,
-                        s * s * s * s * 0x1.122c12p-7f, s * s * s * s * s * 0x1.6ac810p-10f) +
+  constexpr float s = scale, s2 = s * s, s4 = s2 * s2;
+  const Vec<float> r2 = r * r;
+  return r2 * polynomial_pairs(r, r2, s * 0x1.fffffep-2f, s2 * 0x1.5554aap-3f,
+                               s * s2 * 0x1.555798p-5f, s4 * 0x1.122c12p-7f,
+                               s * s4 * 0x1.6ac810p-10f) +
          r;
 }
 template <int scale>
 FASTDEQ_INLINE Vec<double> expm1_reduced(Vec<double> r) {
   constexpr double s = scale, s2 = s * s, s4 = s2 * s2, s8 = s4 * s4;
-  return r * r *
-             polynomial(r, s * 0x1.0000000000005p-1, s2 * 0x1.5555555555539p-3,
-                        s * s2 * 0x1.555555555225bp-5, s4 * 0x1.1111111119096p-7,
-                        s * s4 * 0x1.6c16c17ef58fcp-10, s2 * s4 * 0x1.a01a0174d8b42p-13,
-                        s * s2 * s4 * 0x1.a019a71c4dd68p-16, s8 * 0x1.71de88500ea49p-19,
-                        s * s8 * 0x1.28a236de8fcd5p-22, s2 * s8 * 0x1.ae6ba83c44504p-26) +
+  const Vec<double> r2 = r * r;
+  return r2 * polynomial_pairs(r, r2, s * 0x1.0000000000005p-1, s2 * 0x1.5555555555539p-3,
+                               s * s2 * 0x1.555555555225bp-5, s4 * 0x1.1111111119096p-7,
+                               s * s4 * 0x1.6c16c17ef58fcp-10, s2 * s4 * 0x1.a01a0174d8b42p-13,
+                               s * s2 * s4 * 0x1.a019a71c4dd68p-16, s8 * 0x1.71de88500ea49p-19,
+                               s * s8 * 0x1.28a236de8fcd5p-22, s2 * s8 * 0x1.ae6ba83c44504p-26) +
          r;
 }
 
@@ -107,7 +137,7 @@ FASTDEQ_INLINE Vec<T> power_of_two(Vec<T> rounded) {
   return floats(bits(rounded) << Format<T>::kMantissa);
 }
 
-// y 2^n with one rounding, also where the result is denormal or 2^n overflows. rounded holds
+// y 2^n with one rounding, also where the result is denormal or 2^n overflows; by.rounded holds
 // n + 2 bias.
 template <class T>
 FASTDEQ_INLINE Vec<T> scale_by_power(Vec<T> y, Reduced<T> by) {
@@ -134,7 +164,8 @@ FASTDEQ_INLINE Vec<T> exp_lanes(Vec<T> x) {
   return exp_clamped<T>(min(max(x, Format<T>::kExpMin), Format<T>::kExpMax));
 }
 
-// 2^n (e^r - 1) + (2^n - 1). From x = ln(2^127.5) on 2^n could overflow: half of it, and twice the sum.
+// 2^n (e^r - 1) + (2^n - 1). From x = ln(2^127.5) on 2^n could overflow: half of it, and twice the
+// sum.
 template <class T>
 FASTDEQ_INLINE Vec<T> expm1_lanes(Vec<T> x) {
   using F = Format<T>;
@@ -147,34 +178,56 @@ FASTDEQ_INLINE Vec<T> expm1_lanes(Vec<T> x) {
   return copysign(select(large, sum + sum, sum), x);
 }
 
-// h / (1 - h) with h = (1 - e^-2x) / 2, for 0 <= x <= kTanhMax. With x = n ln2 / 2 + r,
-// h = 2^-n (1 - e^-2r) / 2 + (1 - 2^-n) / 2. The denominator lies in [1/2, 1], where it is rounded to
-// half of what expm1(2x) + 2 would be. An error of relative size e in the argument is one of at most
-// e in the result, and far smaller for n > 0, so one constant for ln2 is enough; n = 0 reduces exactly.
+// About 1 / d, for d between 1 and 2^60: to 14 bits in float and 28 in double on AVX-512.
+template <class T>
+FASTDEQ_INLINE Vec<T> reciprocal(Vec<T> d) {
+#if defined(__x86_64__) && FASTDEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)d);
+  } else {
+    const Vec<T> y = (Vec<T>)_mm512_maskz_rcp14_pd(__mmask8(-1), (__m512d)d);
+    return y + y * (T(1) - d * y);
+  }
+#else
+  return T(1) / d;
+#endif
+}
+
+// a / (1 + e) for 0 <= a <= max(1, e). The correction doubles the digits of the reciprocal, and
+// takes its residual a - t (1 + e) from e, so that it also undoes the rounding of 1 + e: one ulp of
+// the result where e is small.
+template <class T>
+FASTDEQ_INLINE Vec<T> divide_by_one_plus(Vec<T> a, Vec<T> e) {
+  const Vec<T> y = reciprocal<T>(e + T(1));
+  const Vec<T> t = a * y;
+  return t + ((a - t) - t * e) * y;
+}
+
+// h / (h + 1) with h = expm1(2x) / 2, for 0 <= x <= kTanhMax. With r = x - n ln2 / 2, h = 2^n
+// (expm1(2r) / 2) + (2^n - 1) / 2. An error of relative size e in the argument is one of at most e
+// in the result, and far smaller for n > 0, so one constant for ln2 is enough; n = 0 reduces
+// exactly.
 template <class T>
 FASTDEQ_INLINE Vec<T> tanh_positive(Vec<T> x) {
   using F = Format<T>;
   const T shift = F::kRound + T(F::kBias);
-  const Vec<T> rounded = shift - x * (2 * F::kLog2e);  // shift - n
-  const Vec<T> r = x + (rounded - shift) * (F::kLn2 / 2);
+  const Vec<T> rounded = x * (2 * F::kLog2e) + shift;
+  const Vec<T> r = x - (rounded - shift) * (F::kLn2 / 2);
   const Vec<T> power = power_of_two<T>(rounded);
-  const Vec<T> h = power * expm1_reduced<-2>(r) + (T(0.5) - power * T(0.5));
-  return h / (T(1) - h);
+  const Vec<T> h = power * expm1_reduced<2>(r) + (power * T(0.5) - T(0.5));
+  return divide_by_one_plus<T>(h, h);
 }
 
 template <class T>
 FASTDEQ_INLINE Vec<T> tanh_lanes(Vec<T> x) {
-  return copysign(tanh_positive<T>(min(abs(x), Format<T>::kTanhMax)), x);
+  return with_sign_of(x, tanh_positive<T>(min(abs(x), Format<T>::kTanhMax)));
 }
 
-// e / (1 + e) or 1 / (1 + e) with e = e^-|x|: nothing overflows and tails keep their digits. What
-// rounding takes from 1 + e is put back to first order; it matters for small e.
+// e / (1 + e) or 1 / (1 + e) with e = e^-|x|: nothing overflows and tails keep their digits.
 template <class T>
 FASTDEQ_INLINE Vec<T> sigmoid_lanes(Vec<T> x) {
   const Vec<T> e = exp_clamped<T>(max(-abs(x), Format<T>::kExpMin));
-  const Vec<T> denominator = e + T(1), lost = e - (denominator - T(1));
-  const Vec<T> y = select(x < T(0), e, splat(T(1))) / denominator;
-  return y - y * lost;
+  return divide_by_one_plus<T>(select(x < T(0), e, splat(T(1))), e);
 }
 
 // 2 atanh(s) = 2s + s z R(z), z = s^2, s = f / (2 + f), 1 + f in [sqrt(1/2), sqrt(2)].
@@ -213,8 +266,8 @@ FASTDEQ_INLINE Vec<T> log1p_lanes(Vec<T> x) {
 
 // erf(x) = tanh(x + x R(x^2)), R = atanh(erf(x)) / x - 1 as a quotient of polynomials with positive
 // coefficients. The error of the argument is damped as in tanh_positive, all the more as x grows.
-// Fit of erf: 2^-27.0 on [0, 3.95] (float), 2^-55.9 on [0, 5.95] (double); linearised weighted least
-// squares, not Remez.
+// Fit of erf: 2^-27.0 on [0, 3.95] (float), 2^-55.9 on [0, 5.95] (double); linearised weighted
+// least squares, not Remez.
 FASTDEQ_INLINE Vec<float> erf_argument(Vec<float> z) {
   return polynomial(z, 0x1.06eba8p-3f, 0x1.f75cf6p-4f, 0x1.363e28p-6f, 0x1.e55b38p-10f) /
          polynomial(z, 1.0f, 0x1.40f354p-3f, 0x1.83d384p-6f, 0x1.53f6a2p-12f);
@@ -232,7 +285,7 @@ template <class T>
 FASTDEQ_INLINE Vec<T> erf_lanes(Vec<T> x) {
   const Vec<T> a = min(abs(x), Format<T>::kErfMax);
   const Vec<T> argument = a * erf_argument(a * a) + a;
-  return copysign(tanh_positive<T>(min(argument, Format<T>::kTanhMax)), x);
+  return with_sign_of(x, tanh_positive<T>(min(argument, Format<T>::kTanhMax)));
 }
 
 // In place of the overloads of the standard library, which are not to be called here.

@@ -15,7 +15,9 @@ template <typename T>
 class Worker {
  public:
   Worker(const SolveTask<T>& task, std::byte* scratch)
-      : task_(task), epilogue_(epilogue_for(task)) {
+      : task_(task),
+        exact_epilogue_(epilogue_for<T, false>(task)),
+        low_epilogue_(task.ramp ? epilogue_for<T, true>(task) : nullptr) {
     lines_ = reinterpret_cast<Line<T>*>(scratch);
     scratch += align(task.lines * int64_t(sizeof(Line<T>)));
     order_ = reinterpret_cast<int32_t*>(scratch);
@@ -112,7 +114,14 @@ class Worker {
       fresh.best_pre[j] = 0;
     }
     if (task_.slope != nullptr) {
-      for (int64_t j = 0; j < size; ++j) fresh.slope[j] = task_.slope[offset + j];
+      bool dead = true;
+      for (int64_t j = 0; j < size; ++j) {
+        fresh.slope[j] = task_.slope[offset + j];
+        dead &= fresh.slope[j] == 0;
+      }
+      if (dead) {  // zeros, even where the gradient is not finite
+        for (int64_t j = 0; j < size; ++j) fresh.injection[j] = 0;
+      }
       if (!scale_to_unit(fresh)) {
         finish(fresh, Status::kNonfinite);
         return false;
@@ -123,7 +132,7 @@ class Worker {
     const T zeros[kPanel<T>] = {};
     fresh.square_difference = fresh.square_value = 0;
     for (int64_t j = 0; j < size; j += kPanel<T>) {
-      epilogue_(task_, fresh, zeros, j, size < j + kPanel<T> ? size : j + kPanel<T>, false);
+      exact_epilogue_(task_, fresh, zeros, j, size < j + kPanel<T> ? size : j + kPanel<T>);
     }
     return !advance(fresh, false);
   }
@@ -162,6 +171,7 @@ class Worker {
       rows_[i] = low ? static_cast<const void*>(l.delta) : l.point;
       l.square_difference = l.square_value = 0;
     }
+    const Epilogue<T> epilogue = low ? low_epilogue_ : exact_epilogue_;
     alignas(64) T product[kRows * kPanel<T>];
     for (int64_t j = 0; j < size; j += kPanel<T>) {
       const int vectors = vectors_at<T>(j, size);
@@ -175,7 +185,7 @@ class Worker {
                                      task_.packed + j * size, size, product);
         }
         for (int r = 0; r < rows; ++r) {
-          epilogue_(task_, line(first + i + r), product + r * kPanel<T>, j, end, low);
+          epilogue(task_, line(first + i + r), product + r * kPanel<T>, j, end);
         }
       }
     }
@@ -194,6 +204,7 @@ class Worker {
 
   // Judges the evaluation just made and takes a step. True when the line is done.
   bool advance(Line<T>& l, bool low) {
+    if (task_.ramp) swap(l.delta, l.next_delta);
     l.previous_norm = l.norm;
     l.norm = __builtin_sqrt(l.square_difference);
     const T relative = T(l.norm / (__builtin_sqrt(l.square_value) + task_.residual_eps));
@@ -215,7 +226,11 @@ class Worker {
       if (l.iterations == task_.max_iter) return finish(l, Status::kMaxIter);
       if (task_.ramp) anchor(task_, l, double(relative));
     }
-    if (!step(l, at, low, double(relative))) return finish(l, Status::kNonfinite);
+    if (low) {
+      step_low(l, double(relative));
+    } else if (!step(l, at)) {
+      return finish(l, Status::kNonfinite);
+    }
     if (l.iterations >= task_.patience && l.idle >= task_.patience) {
       return finish(l, Status::kStagnated);
     }
@@ -224,21 +239,26 @@ class Worker {
     return false;
   }
 
-  // Writes the next point. False when there is none, because the value is not finite.
-  bool step(Line<T>& l, const T* at, bool low, double relative) {
-    if (low && !__builtin_isfinite(l.norm)) {
+  // The step after a bfloat16 evaluation, which has put the next point in place.
+  void step_low(Line<T>& l, double relative) {
+    if (!__builtin_isfinite(l.norm)) {
       // Perhaps bfloat16 is to blame: back to the best point, in full precision.
       l.may_be_low = false;
       copy(l.best, l.point);
-      return true;
+    } else if (relative > 5 * l.goal && slow(l)) {
+      // Nearer to the goal its rounding hides how fast the residual falls.
+      l.plain = l.may_be_low = false;
     }
+  }
+
+  bool slow(const Line<T>& l) const {
+    return task_.window > 0 && !(l.norm <= task_.accelerate_above * l.previous_norm);
+  }
+
+  // Writes the next point. False when there is none, because the value is not finite.
+  bool step(Line<T>& l, const T* at) {
     if (task_.window > 0) {
-      // Close to the next anchor the rounding of bfloat16 hides how fast the residual falls.
-      const bool reliable = low ? relative > 5 * l.goal : !l.may_be_low;
-      if (l.plain && reliable && !(l.norm <= task_.accelerate_above * l.previous_norm)) {
-        l.plain = false;
-        l.may_be_low = false;
-      }
+      if (l.plain && !l.may_be_low && slow(l)) l.plain = false;
       if (!l.plain) return anderson_step(task_, l, at, small_);
     }
     if (!__builtin_isfinite(l.norm)) return false;
@@ -258,7 +278,9 @@ class Worker {
     const int64_t size = task_.size, offset = l.sample * size;
     const T length = T(l.length);
     for (int64_t j = 0; j < size; ++j) task_.value[offset + j] = l.best[j] * length;
-    if (task_.value_slope != nullptr) {
+    if (task_.value_slope != nullptr && status == Status::kNonfinite) {
+      for (int64_t j = 0; j < size; ++j) task_.value_slope[offset + j] = 0;
+    } else if (task_.value_slope != nullptr) {
       activate(task_.activation, 1, l.best_pre, task_.value_slope + offset, size);
     }
     task_.status[l.sample] = int8_t(status);
@@ -270,8 +292,9 @@ class Worker {
     return true;
   }
 
-  static void swap(T*& a, T*& b) {
-    T* const c = a;
+  template <typename P>
+  static void swap(P*& a, P*& b) {
+    P* const c = a;
     a = b;
     b = c;
   }
@@ -281,7 +304,7 @@ class Worker {
   }
 
   const SolveTask<T>& task_;
-  const Epilogue<T> epilogue_;
+  const Epilogue<T> exact_epilogue_, low_epilogue_;
   Line<T>* lines_;
   int32_t* order_;  // the lines, those in use first
   int64_t active_ = 0;
