@@ -21,7 +21,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m pytest bench/ --benchmark-only
+	$(BIN)/python -m pytest bench/ --benchmark-only -q --results bench/results/cpu.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -108,6 +108,7 @@ SCALING_ENTRIES = (
     _PLAIN,
     _FIXED_POINT,
     _torchdeq("anderson", "anderson", window=3),
+    _torchdeq("anderson-10", "anderson", window=10),
     _torchdeq("broyden", "broyden", max_iter=80),
     _PRODUCTS,
 )

@@ -24,7 +24,7 @@ from problems import Spec
 from verify import NotReachedError, prepare
 
 MODES = ("forward", "backward", "full")
-SECONDS = 3.5  # per race, half of it for warm-up runs
+SECONDS = 3.0  # per race, half of it for warm-up runs
 SECONDS_SCALING = 1.5
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 _LONG = 0.05  # seconds from which a run need not be preceded by another to warm the caches

@@ -55,7 +55,7 @@ def _silu_slope(p: Tensor) -> Tensor:
 _TABLE = (
     Activation("identity", lambda p: p, torch.ones_like),
     Activation("relu", torch.relu, lambda p: (p > 0).to(p.dtype)),
-    Activation("leaky_relu", F.leaky_relu, lambda p: torch.where(p > 0, 1.0, 0.01).to(p.dtype)),
+    Activation("leaky_relu", F.leaky_relu, lambda p: torch.where(p > 0, torch.ones_like(p), 0.01)),
     Activation("tanh", torch.tanh, lambda p: 1 - torch.tanh(p) ** 2, bounded=True),
     Activation("hardtanh", F.hardtanh, lambda p: (p.abs() < 1).to(p.dtype), bounded=True),
     Activation("sigmoid", torch.sigmoid, _sigmoid_slope, lipschitz=0.25, bounded=True),

@@ -2,8 +2,8 @@
 //
 //   value = phi(pre), adjoint: D pre
 //   exact   pre  = product + c, value is stored
-//   low     pre += product, and the point is replaced by the next one, a plain step: the product
-//           does not read the point, so a line touches less memory
+//   low     pre += product; a line without acceleration has its point replaced by the next one:
+//           the product does not read the point, so the line touches less memory
 //   square_difference += |value - point|^2,  square_value += |value|^2
 //   next_delta = bfloat16(damping (value - point)), where the ramp is on: the plain step
 //
@@ -23,12 +23,6 @@ inline Vec<T> first_lanes(Vec<T> v, int64_t n) {
   for (int64_t i = n; i < kLanes<T>; ++i) v[i] = 0;
   return v;
 }
-
-#if defined(FASTDEQ_BFLOAT16)
-inline void store_low(uint16_t* to, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-#endif
 
 template <typename Activation>
 struct Forward {
@@ -50,7 +44,8 @@ template <typename T, typename Map, bool kLow>
 void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t begin,
               int64_t end) {
   const T* base = kLow ? line.pre : line.injection;
-  T* const result = kLow ? line.point : line.value;
+  const bool in_place = kLow && line.plain;
+  T* const result = in_place ? line.point : line.value;
   const bool damped = task.damping != 1;
   const Vec<T> damping = splat<T>(T(task.damping));
   Vec<T> square_difference = {}, square_value = {};
@@ -64,7 +59,7 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
     square_difference += difference * difference;
     square_value += value * value;
     store(line.pre + j, pre);
-    store(result + j, kLow && damped ? point + change : value);
+    store(result + j, in_place && damped ? point + change : value);
 #if defined(FASTDEQ_BFLOAT16)
     if constexpr (sizeof(T) == 4) {
       if (line.next_delta != nullptr) store_low(line.next_delta + j, change);

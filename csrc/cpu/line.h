@@ -46,7 +46,14 @@ struct Line {
   bool anchored;     // `anchor` is set
   double anchor;     // relative residual at the last evaluation in full precision
   double goal;       // relative residual at which the next one is due
+  int32_t since_anchor;  // evaluations
 };
+
+#if defined(FASTDEQ_BFLOAT16)
+inline void store_low(uint16_t* to, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
 
 template <typename T>
 int64_t stride_of(int64_t size) {

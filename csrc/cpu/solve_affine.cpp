@@ -133,8 +133,7 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   task.safeguard = method.safeguard;
   task.accelerate_above = method.accelerate_above;
   task.anderson = method.anderson;
-  const bool plain_first = method.window == 0 || method.accelerate_above > 0;
-  task.ramp = std::is_same_v<T, float> && has_bfloat16() && plain_first && precision != "float32" &&
+  task.ramp = std::is_same_v<T, float> && has_bfloat16() && precision != "float32" &&
               (precision == "mixed" || task.size >= kRampSize);
 
   const EngineFor<T>& engine = engine_for<T>();

@@ -91,7 +91,7 @@ class Worker {
     fresh.iterations = fresh.idle = 0;
     fresh.slot = fresh.count = 0;
     fresh.trusted_norm = __builtin_inf();
-    fresh.plain = task_.accelerate_above > 0;
+    fresh.plain = task_.window == 0 || task_.accelerate_above > 0;
     fresh.accelerated = false;
     for (int i = 0; i < kCounters; ++i) fresh.rejects[i] = 0;
     fresh.low = fresh.anchored = false;
@@ -239,15 +239,18 @@ class Worker {
     return false;
   }
 
-  // The step after a bfloat16 evaluation, which has put the next point in place.
+  // The step after a bfloat16 evaluation; without acceleration the next point is in place already.
   void step_low(Line<T>& l, double relative) {
-    if (!__builtin_isfinite(l.norm)) {
+    if (!__builtin_isfinite(l.norm) && !l.accelerated) {
       // Perhaps bfloat16 is to blame: back to the best point, in full precision.
       l.may_be_low = false;
+      l.count = 0;
       copy(l.best, l.point);
+    } else if (!l.plain) {
+      anderson_step(task_, l, l.point, small_);
     } else if (relative > 5 * l.goal && slow(l)) {
       // Nearer to the goal its rounding hides how fast the residual falls.
-      l.plain = l.may_be_low = false;
+      l.plain = false;
     }
   }
 
@@ -257,10 +260,8 @@ class Worker {
 
   // Writes the next point. False when there is none, because the value is not finite.
   bool step(Line<T>& l, const T* at) {
-    if (task_.window > 0) {
-      if (l.plain && !l.may_be_low && slow(l)) l.plain = false;
-      if (!l.plain) return anderson_step(task_, l, at, small_);
-    }
+    if (l.plain && !l.may_be_low && slow(l)) l.plain = false;
+    if (!l.plain) return anderson_step(task_, l, at, small_);
     if (!__builtin_isfinite(l.norm)) return false;
     if (task_.damping == 1) {
       swap(l.point, l.value);
