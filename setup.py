@@ -28,6 +28,8 @@ def reason_to_skip() -> str:
         return "it was left out by FASTDEQ_NO_EXT"
     if shutil.which(COMPILER[0]) is None:
         return f"no C++ compiler ({COMPILER[0]!r}) was found when fastdeq was installed"
+    if Path(COMPILER[0]).stem.lower() == "cl":
+        return "the CPU engine needs GCC or Clang (set CXX)"
     return ""
 
 

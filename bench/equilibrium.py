@@ -31,15 +31,16 @@ def equilibrium(w: Tensor, c: Tensor, activation: str, *, contraction: bool) -> 
             break
         z = value if contraction else (z + value) / 2
     if not contraction:
-        z = torch.cat([_newton(w, *part, activation) for part in zip(*_chunks(z, c), strict=True)])
+        # With two threads MKL's LU refuses some of these batches (torch 2.13: "DLASWP").
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        parts = zip(z.split(_CHUNK), c.split(_CHUNK), strict=True)
+        z = torch.cat([_newton(w, *part, activation) for part in parts])
+        torch.set_num_threads(threads)
     residual = _relative(phi(z @ w.t() + c), z)
     if not residual < 10 * _ROUNDING:
         raise RuntimeError(f"no equilibrium found in float64: relative residual {residual:.1e}")
     return z
-
-
-def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [tensor.split(_CHUNK) for tensor in tensors]
 
 
 def _newton(w: Tensor, z: Tensor, c: Tensor, activation: str) -> Tensor:

@@ -97,6 +97,9 @@ def _draw_costs(axis: Any, races: list[Race], label: Callable[[Race], str], titl
 
 
 def _finish(axis: Any, labels: list[str], title: str, unit: str) -> None:
+    if not labels:  # no such races in this run
+        axis.set_axis_off()
+        return
     axis.set_yscale("log")
     axis.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 6 else 0, fontsize=8)
     axis.set_title(title, fontsize=10)

@@ -46,12 +46,12 @@ def report(races: Races) -> Iterator[tuple[str, list[str]]]:
         if chosen:
             what = "hard" if hard else "easy"
             yield f"products with W, forward + backward, {what}", _products(chosen, hard)
-    for hard in (True, False):
-        chosen = [race for race in peers if race.spec.hard == hard]
-        if chosen:
-            lines = [*_RATIO_NOTE, *_busy(), *_ratios(chosen, hard)]
-            what = "hard" if hard else "easy"
-            yield f"time relative to torchdeq's fastest solver, {what} problems", lines
+    if peers:
+        lines = [*_RATIO_NOTE, *_busy()]
+        for hard in (True, False):
+            chosen = [race for race in peers if race.spec.hard == hard]
+            lines += ["", *_ratios(chosen, hard)] if chosen else []
+        yield "time relative to torchdeq's fastest solver", lines
 
 
 def _left_out(races: Iterable[Race]) -> Iterator[str]:

@@ -8,12 +8,28 @@
 #include <map>
 #include <string>
 
+#include "cpu/engine.h"
+
 namespace {
+
+std::string describe_engine() {
+  std::string text = fastdeq::engine().name;
+  if (fastdeq::has_bfloat16()) text += " with bfloat16 products";
+  text += "; compiled in:";
+#if defined(FASTDEQ_HAS_AVX512)
+  text += " avx512";
+#endif
+#if defined(FASTDEQ_HAS_AVX2)
+  text += " avx2";
+#endif
+  return text + " generic";
+}
 
 std::map<std::string, std::string> build_info() {
   return {
       {"cuda", FASTDEQ_WITH_CUDA ? "yes" : "no"},
       {"torch", TORCH_VERSION},
+      {"engine", describe_engine()},
 #if defined(_OPENMP)
       {"threads", "OpenMP"},
 #else

@@ -120,9 +120,7 @@ def solve_affine_adjoint(
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,
             start_value=d * g,
         )
-    value = torch.where(
-        grad.isfinite().all(1, keepdim=True), solution.value * length, torch.nan
-    )
+    value = torch.where(grad.isfinite().all(1, keepdim=True), solution.value * length, torch.nan)
     return _outputs(solution.with_value(value), grad.dtype)
 
 
@@ -188,7 +186,7 @@ for _suffix in ("", "_reference"):
     )
 
 
-# The solvers of the C++ engine; the rest of csrc/cpu/solve_affine.cpp is the operator's "_reference".
+# What csrc/cpu/solve_affine.cpp serves itself; the rest it leaves to the "_reference" operators.
 CPP_SOLVERS = ("picard", "neumann", "anderson")
 
 

@@ -85,15 +85,16 @@ class AffineCell(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether this really is the affine map: nothing overridden, no hooks to be run."""
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        ):
+            return False
         parts = ("forward", "phi", "inject", "recurrent_weight")
-        same = all(getattr(type(self), name) is getattr(AffineCell, name) for name in parts)
-        hooks = (
-            self._forward_hooks,
-            self._forward_pre_hooks,
-            self._backward_hooks,
-            self._backward_pre_hooks,
-        )
-        return same and not any(hooks)
+        kind = type(self)
+        return kind is AffineCell or all(getattr(kind, p) is getattr(AffineCell, p) for p in parts)
 
     def initial_state(self, x: Tensor) -> Tensor:
         """The default start of a solve: zeros ``(B, features)``."""
@@ -103,7 +104,7 @@ class AffineCell(nn.Module):
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
         norm_bound = getattr(self.weight, "norm_bound", lambda: None)()
         contraction = None if norm_bound is None else norm_bound * self.phi.lipschitz
-        return Structure(contraction, getattr(self.weight, "tags", frozenset()))
+        return Structure(contraction, getattr(self.weight, "tags", frozenset()), affine=True)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step ``f(z, x)``, ``(B, features)``."""

@@ -29,7 +29,7 @@ from . import affine, driver
 from .activations import ACTIVATIONS
 from .captured import Watch, cut_above
 from .solution import Solution, Status
-from .solvers import SOLVERS, Solver
+from .solvers import Solver
 
 Map = Callable[[Tensor], Tensor]
 
@@ -192,9 +192,7 @@ class AffinePlan:
     precision: str
     backend: str
 
-    def solve(
-        self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool
-    ) -> affine.Outputs:
+    def solve(self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool) -> affine.Outputs:
         solve = affine.chosen("solve_affine", self.backend, c.device, self.solver)
         return solve(
             weight,
@@ -294,8 +292,3 @@ def rerun_autocast(f: Map, device_type: str) -> Map:
             return f(z)
 
     return run
-
-
-def registered(solver: Solver) -> bool:
-    """Whether the operators know this solver by name, so that a whole solve is one call."""
-    return SOLVERS.get(solver.name) is type(solver)

@@ -61,6 +61,7 @@ def report() -> str:
         "torch": torch.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "extension": _extension(),
+        "CPU engine": extension.build_info.get("engine", "missing with the extension"),
         "its threads": extension.build_info.get("threads", "missing with the extension"),
         "CUDA sources": _cuda_sources(),
         "Triton": _triton(),
@@ -70,10 +71,11 @@ def report() -> str:
         "GPU": _gpu(),
     }
     rows |= {f'backend="{name}"': _backend(name) for name in ("cpp", "triton", "cuda")}
+    solves = {"cpu": ops.serving("cpu"), "cuda": "reference"}
     serving = {
         "anderson_mix": {device: ops.serving(device) for device in ("cpu", "cuda")},
-        "solve_affine": dict.fromkeys(("cpu", "cuda"), "reference"),
-        "solve_affine_adjoint": dict.fromkeys(("cpu", "cuda"), "reference"),
+        "solve_affine": solves,
+        "solve_affine_adjoint": solves,
     }
     lines = [f"{key:18} {value}" for key, value in rows.items()]
     lines += ["", f'{"operator":22} {"on cpu":12} {"on cuda":12} with backend="auto"']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 
 from .cells import AffineCell
 from .functional import solve_affine, solve_map
-from .functions import registered
 from .options import Options
 from .solution import Solution, Status, handle_failure
-from .solvers import Solver, Structure, choose
+from .solvers import Solver, Structure
 
 
 class DEQLayer(nn.Module):
@@ -124,16 +124,11 @@ class DEQLayer(nn.Module):
         return z
 
     def _fused(self, context: tuple[Any, ...]) -> bool:
-        return (
-            self._plain()
-            and not context
-            and registered(choose(self.options.solver, Structure(), adjoint=False))
-            and registered(choose(self.options.adjoint, Structure(), adjoint=True))
-        )
+        return self.options.registered and not context and self._plain()
 
     def _solve_affine(self, x: Tensor, z0: Tensor | None) -> tuple[Tensor, Solution]:
         cell: AffineCell = self.cell
-        injection = cell.inject(x)
+        injection = cell.injection(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
         return solve_affine(
             cell.recurrent_weight(),
@@ -149,7 +144,10 @@ class DEQLayer(nn.Module):
         return isinstance(self.cell, AffineCell) and self.cell.is_plain()
 
     def _structure(self) -> Structure:
-        return self.cell.structure() if self._plain() else Structure()
+        if not self._plain():
+            return Structure()
+        structure: Structure = self.cell.structure()
+        return dataclasses.replace(structure, affine=False)  # not solved as one here
 
     def _start(self, x: Any) -> Any:
         if hasattr(self.cell, "initial_state"):
@@ -188,14 +186,17 @@ def _batch_of(state: Any) -> tuple[int, ...]:
     return tuple(first.shape[:1]) if isinstance(first, Tensor) else ()
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether a number may be read from x without waiting for a device or ending a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x with non-finite samples zeroed, and which they are; None where x cannot have any."""
     if not x.is_floating_point() or x.dim() == 0:
         return x, None
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # The cheap look: a sum is finite only where every entry is.
-        if math.isfinite(x.detach().sum().item()):
-            return x, None
+    if _may_look(x) and math.isfinite(x.detach().sum().item()):
+        return x, None  # a sum is finite only where every entry is
     bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
     shape = (-1,) + (1,) * (x.dim() - 1)
     return torch.where(bad.view(shape), 0.0, x), bad

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .choices import check_choice, check_options
 from .ops import BACKENDS
 from .solution import ON_FAILURE
-from .solvers import Solver, Structure, choose
+from .solvers import SOLVERS, Solver, Structure, choose
 
 GRADIENTS = ("implicit", "one_step")
 PRECISIONS = ("auto", "float32", "mixed")
@@ -30,13 +30,18 @@ class Options:
     precision: str = "auto"
     backend: str = "auto"
     on_failure: str = "warn"
+    registered: bool = field(init=False, repr=False)
+    """Whether the operators know both solvers by name, so that a whole solve is one call."""
 
     def __post_init__(self) -> None:
-        for field, adjoint in (("solver", False), ("adjoint", True)):
-            given = getattr(self, field)
+        registered = True
+        for name, adjoint in (("solver", False), ("adjoint", True)):
+            given = getattr(self, name)
             chosen = choose(given, Structure(), adjoint=adjoint)
+            registered &= SOLVERS.get(chosen.name) is type(chosen)
             if given != "auto":  # an object from now on: a compiled layer does not build any
-                object.__setattr__(self, field, chosen)
+                object.__setattr__(self, name, chosen)
+        object.__setattr__(self, "registered", registered)
         check_choice(self.gradient, GRADIENTS, "gradient")
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")
@@ -59,7 +64,7 @@ class Options:
     @classmethod
     def checked(cls, owner: str, unknown: dict[str, object], **options: object) -> Options:
         """Builds the options of ``owner``, refusing keyword arguments it does not know."""
-        check_options(unknown, (f.name for f in dataclasses.fields(cls)), owner)
+        check_options(unknown, (f.name for f in dataclasses.fields(cls) if f.init), owner)
         return cls(**options)  # type: ignore[arg-type]
 
     @staticmethod

@@ -7,19 +7,8 @@
 
 #pragma once
 
+#include "activation_names.h"
 #include "vector_math.h"
-
-#define FASTDEQ_FOR_EACH_ACTIVATION(F) \
-  F("identity", Identity)              \
-  F("relu", Relu)                      \
-  F("leaky_relu", LeakyRelu)           \
-  F("tanh", Tanh)                      \
-  F("hardtanh", Hardtanh)              \
-  F("sigmoid", Sigmoid)                \
-  F("softplus", Softplus)              \
-  F("elu", Elu)                        \
-  F("gelu", Gelu)                      \
-  F("silu", Silu)
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {

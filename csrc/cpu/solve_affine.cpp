@@ -42,6 +42,12 @@ constexpr int64_t kRampSize = 96;
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Adjoint = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+int known_activation(c10::string_view name) {
+  const int index = activation_index(name);
+  TORCH_CHECK(index >= 0, "unknown activation '", name, "'");
+  return index;
+}
+
 struct Method {
   bool served = false;
   double damping = 1;
@@ -213,7 +219,7 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
     SolveTask<scalar_t> task;
     task.injection = c.const_data_ptr<scalar_t>();
     task.start = z0.defined() ? z0.const_data_ptr<scalar_t>() : nullptr;
-    task.activation = activation_index(activation);
+    task.activation = known_activation(activation);
     task.tol = tol;
     task.max_iter = max_iter;
     task.value_slope = slope ? value_slope.mutable_data_ptr<scalar_t>() : nullptr;
@@ -257,7 +263,7 @@ at::Tensor engine_activation(const at::Tensor& x, c10::string_view activation,
   const at::Tensor in = x.contiguous();
   at::Tensor out = at::empty_like(in);
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "engine_activation", [&] {
-    engine_for<scalar_t>().activate(activation_index(activation), int(derivative),
+    engine_for<scalar_t>().activate(known_activation(activation), int(derivative),
                                     in.const_data_ptr<scalar_t>(),
                                     out.mutable_data_ptr<scalar_t>(), in.numel());
   });

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activation_names.h"
 #include "solve_task.h"
 
 #pragma GCC target("avx2,fma")

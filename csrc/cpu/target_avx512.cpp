@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activation_names.h"
 #include "solve_task.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")

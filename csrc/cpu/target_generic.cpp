@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activation_names.h"
 #include "solve_task.h"
 
 #define FASTDEQ_TARGET generic

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..choices import check_choice
 from .anderson import Anderson
 from .base import Solver, Step, Structure
@@ -13,13 +15,39 @@ SOLVERS: dict[str, type[Solver]] = {s.name: s for s in (Picard, Anderson, Neuman
 FORWARD = tuple(name for name, s in SOLVERS.items() if not s.linear)
 ADJOINT = tuple(SOLVERS)
 
-# "auto" is the first of these that suits the structure of the map. Measured on 2 CPU cores at
-# d = 256, B = 64, tolerance 1e-4, in this plain PyTorch form: a contraction by 0.9 takes plain
-# iteration no more steps than Anderson, each at half the cost. For adjoints, Anderson with a window
-# of 10 met the tolerance wherever GMRES(40) did (dense to scale 1.3, symmetric to 2, relu 1.2), in
-# up to twice its products and a quarter to a half of its time.
-_AUTO_FORWARD: tuple[Solver, ...] = (Picard(), Anderson())
-_AUTO_ADJOINT: tuple[Solver, ...] = (Neumann(), Anderson(window=10))
+
+def _contracts(structure: Structure) -> bool:
+    return structure.contraction is not None and structure.contraction <= 0.9
+
+
+def _symmetric(structure: Structure) -> bool:
+    return structure.affine and "symmetric" in structure.tags
+
+
+def _affine(structure: Structure) -> bool:
+    return structure.affine
+
+
+def _any(structure: Structure) -> bool:
+    return True
+
+
+# "auto" is the first whose condition holds. docs/how-it-works.md has the measurements behind it.
+# In an affine cell a plain step is cheap: acceleration, at 1.1 (d = 512) to 2.5 times its cost
+# (d = 64), pays where the residual falls slowly. A plain step of a general map is not known to be
+# cheap, so every one is accelerated. An adjoint is linear, and a longer history helps more.
+_AUTO_FORWARD: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
+    (_contracts, Picard()),
+    (_symmetric, Anderson(accelerate_above=0.7)),
+    (_affine, Anderson(accelerate_above=0.9)),
+    (_any, Anderson()),
+)
+_AUTO_ADJOINT: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
+    (_contracts, Neumann()),
+    (_symmetric, Anderson(window=10, accelerate_above=0.7)),
+    (_affine, Anderson(window=10, accelerate_above=0.9)),
+    (_any, Anderson(window=10)),
+)
 
 
 def choose(solver: str | Solver, structure: Structure, *, adjoint: bool) -> Solver:
@@ -35,7 +63,7 @@ def choose(solver: str | Solver, structure: Structure, *, adjoint: bool) -> Solv
         check_choice(solver, ("auto", *valid), what)
         if solver == "auto":
             ordered = _AUTO_ADJOINT if adjoint else _AUTO_FORWARD
-            return next(s for s in ordered if s.suits(structure))
+            return next(solver for holds, solver in ordered if holds(structure))
         return SOLVERS[solver]()
     if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CheckedOptions, Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, check_range
 
 
 @dataclass
@@ -83,9 +83,6 @@ class Anderson(CheckedOptions):
         check_range("Anderson", "max_weight", self.max_weight, 0.0, inf, ">= 0")
         check_range("Anderson", "safeguard", self.safeguard, 1.0, inf, ">= 1")
         check_range("Anderson", "accelerate_above", self.accelerate_above, 0.0, 1.0, "in [0, 1]")
-
-    def suits(self, structure: Structure) -> bool:
-        return True
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         batch, size = point.shape

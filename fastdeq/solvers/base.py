@@ -22,11 +22,12 @@ class Structure:
     """What is known of the map before it is evaluated.
 
     ``contraction`` bounds its Lipschitz constant in the 2-norm (None: unknown); ``tags`` are the
-    structural tags of a weight.
+    structural tags of a weight; ``affine`` says that it is ``phi(W z + c)``, solved as one.
     """
 
     contraction: float | None = None
     tags: frozenset[str] = frozenset()
+    affine: bool = False
 
 
 class Problem(NamedTuple):
@@ -60,10 +61,6 @@ class Solver(Protocol):
     linear: ClassVar[bool]
     patience: ClassVar[int]
     rejects: ClassVar[tuple[str, ...]]
-
-    def suits(self, structure: Structure) -> bool:
-        """Whether this solver should be chosen by ``"auto"`` for a map of this structure."""
-        ...
 
     def init(self, point: Tensor, problem: Problem) -> Any:
         """Fresh mutable state for a batch shaped like ``point``."""

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CheckedOptions, Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, check_range
 
 
 @dataclass
@@ -62,9 +62,6 @@ class GMRES(CheckedOptions):
             raise ValueError(f"GMRES(restart={self.restart!r}): restart must be an integer >= 1.")
         object.__setattr__(self, "restart", int(self.restart))
         check_range("GMRES", "restart", self.restart, 1, 10_000, "an integer from 1 to 10000")
-
-    def suits(self, structure: Structure) -> bool:
-        return True
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         batch, size = point.shape

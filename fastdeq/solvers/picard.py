@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import CheckedOptions, Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, check_range
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,6 @@ class Picard(CheckedOptions):
 
     def __post_init__(self) -> None:
         check_range("Picard", "damping", self.damping, 1e-12, 1.0, "in (0, 1]")
-
-    def suits(self, structure: Structure) -> bool:
-        return structure.contraction is not None and structure.contraction <= 0.9
 
     def init(self, point: Tensor, problem: Problem) -> None:
         return None
