@@ -161,7 +161,7 @@ class _Solve:
         options = {"maxiter": self.spec.max_iter, "tol": self.tolerances[0], "implicit_diff": True}
         if self.window:
             options |= {"history_size": self.window, "ridge": 1e-8}
-            options["implicit_diff_solve"] = self._bicgstab
+            options["implicit_diff_solve"] = self._gmres if self.per_sample else self._bicgstab
             return jaxopt.AndersonAcceleration(f, **options)
         options["implicit_diff_solve"] = self._neumann
         return jaxopt.FixedPointIteration(f, **options)
@@ -171,6 +171,12 @@ class _Solve:
 
         matvec, tol = self._counted(matvec), self.tolerances[1]
         return solve_bicgstab(matvec, b, tol=tol, maxiter=self.spec.max_iter)
+
+    def _gmres(self, matvec: Map, b: Any) -> Any:
+        from jaxopt.linear_solve import solve_gmres
+
+        options = {"restart": 20, "solve_method": "incremental"}  # which may stop within a cycle
+        return solve_gmres(self._counted(matvec), b, tol=self.tolerances[1], **options)
 
     def _neumann(self, matvec: Map, b: Any) -> Any:
         """``(J^T - I) u = b`` as ``u = J^T u - b``."""

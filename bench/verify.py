@@ -21,7 +21,7 @@ from problems import Problem, Spec, problem_of
 
 from fastdeq import ConvergenceError
 
-_ALIKE = 5
+_ALIKE = 8
 _T = TypeVar("_T")
 
 
@@ -193,7 +193,7 @@ def _loosest(
             except (torch.linalg.LinAlgError, ConvergenceError) as error:
                 failure = f"; at {setting:g}: {error}"
                 break
-            # A tolerance of a quarter with the same result: it runs into its iteration limit.
+            # A tolerance of a tenth with the same result: it runs into its iteration limit.
             if len(seen) >= _ALIKE and len(set(seen[-_ALIKE:])) == 1:
                 break
     raise NotReachedError(

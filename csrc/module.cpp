@@ -30,6 +30,7 @@ std::map<std::string, std::string> build_info() {
       {"cuda", FASTDEQ_WITH_CUDA ? "yes" : "no"},
       {"torch", TORCH_VERSION},
       {"engine", describe_engine()},
+      {"bfloat16", fastdeq::has_bfloat16() ? "yes" : "no"},
 #if defined(_OPENMP)
       {"threads", "OpenMP"},
 #else

@@ -190,6 +190,21 @@ for _suffix in ("", "_reference"):
 CPP_SOLVERS = ("picard", "neumann", "anderson")
 
 
+def check_precision(precision: str, backend: str, device: torch.device, *solvers: Solver) -> None:
+    """Raises ops.BackendError for ``precision="mixed"`` where that cannot be had."""
+    if precision != "mixed":
+        return
+    reason = ops.why_no_ramp(backend, device.type)
+    missing = [repr(s.name) for s in solvers if s.name not in CPP_SOLVERS]
+    if not reason and missing:
+        reason = f"the C++ engine has no solver {', '.join(missing)}"
+    if reason:
+        raise ops.BackendError(
+            f"precision='mixed' is not available: {reason}. precision='auto' uses it where it can "
+            "be had and is faster."
+        )
+
+
 def chosen(name: str, backend: str, device: torch.device, solver: Solver) -> Callable[..., Outputs]:
     """The whole solve ``name`` in the form that ``backend`` names, for tensors on ``device``.
 

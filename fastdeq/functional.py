@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import driver, functions, ops
+from . import affine, driver, functions, ops
 from .activations import ACTIVATIONS
 from .options import Options
 from .solution import Solution, handle_failure
@@ -77,6 +77,11 @@ def solve_map(
     f: Callable[[Any], Any], z0: Any, options: Options, structure: Structure, report: Report
 ) -> tuple[Any, Solution]:
     """The general path: f on states ``z0``-like. ``report`` receives the adjoint's solution."""
+    if options.precision == "mixed":
+        raise ops.BackendError(
+            "precision='mixed' is not available: only the solve of an AffineCell has it, without "
+            "hooks, further arguments and solvers of one's own. Use precision='auto'."
+        )
     packing = Packing(z0)
     rows = packing.rowwise(f)
     anderson_mix = ops.implementation(options.backend, packing.device)
@@ -125,8 +130,10 @@ def solve_affine(
         activation, solver, options.tol, options.max_iter, options.precision, options.backend
     )
     wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
+    affine.check_precision(options.precision, options.backend, injection.device, solver)
     if wanted and options.gradient == "implicit":
         adjoint = adjoint_plan(options, structure, injection.device, report)
+        affine.check_precision(options.precision, options.backend, injection.device, adjoint.solver)
         outputs = functions.AffineFixedPoint.apply(plan, adjoint, weight, injection, start)
     else:
         outputs = plan.solve(weight.detach(), injection.detach(), start, slope=False)

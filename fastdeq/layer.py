@@ -32,9 +32,10 @@ class DEQLayer(nn.Module):
         adjoint_tol: the same for the adjoint; None: ``tol``.
         max_iter: most updates of a sample; one further evaluation verifies the last of them.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
-        precision: "auto", or "float32" to forbid narrower arithmetic in early iterations; no solver
-            uses any yet, so the two are the same today. Input
-            narrower than float32 is always solved to a float32 residual where the cell is affine.
+        precision: of the products inside the solve of a float32 :class:`AffineCell`. "auto": early
+            iterations in bfloat16 where the processor has such products and they are faster;
+            "float32": none; "mixed": wherever the processor can, or an error. Every reported
+            residual, and every iterate returned, is verified by a float32 product.
         backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one form of the
             fused operations.
         on_failure: when samples do not converge: "warn" (once per layer for each direction),

@@ -115,6 +115,17 @@ def why_unavailable(backend: str, device_type: str) -> str:
     return ""
 
 
+def why_no_ramp(backend: str, device_type: str) -> str:
+    """Why early iterations cannot be made in bfloat16 for tensors there; empty when they can."""
+    if device_type != "cpu" or backend not in ("auto", "cpp"):
+        return (
+            f"only the C++ engine has it, and backend={backend!r} serves tensors on {device_type}"
+        )
+    if extension.why_missing:
+        return f"the extension is missing: {extension.why_missing}"
+    return "" if extension.has_bfloat16 else "this processor or build lacks AVX-512 with BF16"
+
+
 def implementation(backend: str, device: torch.device) -> Callable[..., Any]:
     """The form of ``anderson_mix`` that ``backend`` names, for tensors on ``device``.
 

@@ -37,7 +37,7 @@ constexpr double kWorkPerThread = 5e5;
 constexpr double kAssumedIterations = 16;
 
 // Where the ramp wins; see docs/how-it-works.md for the measurements.
-constexpr int64_t kRampSize = 96;
+constexpr int64_t kRampSize = 32;
 
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Adjoint = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -1,0 +1,323 @@
+"""Problems for the CPU engine, and how far apart two correct answers to one of them may be.
+
+u       rounding unit of the dtype that the solve runs in
+f       the map: phi(W z + c), or D (g + q W) with g scaled to unit norm
+L       its Lipschitz constant; every problem made here contracts
+rho     (B,) bound on the rounding error |f_computed(z) - f(z)|
+
+A sum of d products errs by ``lambda sqrt(d) u sum |terms|`` with probability close to one (N. Higham
+and T. Mary, SIAM J. Sci. Comput. 41 (2019) A2815), lambda = 4 here. A reported residual r then puts
+the value within ``(r (|f| + eps) + rho) / (1 - L)`` of the solution, and iterates that have met
+nothing but rounding are within ``rho / (1 - L)`` of the exact ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeq import affine, driver
+from fastdeq.activations import ACTIVATIONS
+from fastdeq.solution import Status
+from fastdeq.solvers import Anderson, Solver
+
+EPS = driver.RESIDUAL_EPS
+SUM = 4.0  # lambda
+# Rounding reaches the weights of Anderson acceleration magnified by the condition of its least
+# squares; 30 covers what fresh problems show five times over, and planted errors are far larger.
+AMPLIFICATION = 30.0
+
+
+class Outputs(NamedTuple):
+    value: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    rejects: Tensor
+    value_slope: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What both directions pass to the operator and to the plain PyTorch form."""
+
+    solver: Solver
+    tol: float = 1e-5
+    max_iter: int = 100
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Forward:
+    weight: Tensor
+    injection: Tensor
+    activation: str = "tanh"
+    start: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.injection, *([] if self.start is None else [self.start])
+
+    def _arguments(self, call: Call) -> tuple:
+        first = self.weight, self.injection, self.start, self.activation
+        return *first, *affine.encode(call.solver), call.tol, call.max_iter, call.precision
+
+    def engine(self, call: Call, slope: bool = True) -> Outputs:
+        return Outputs(*torch.ops.fastdeq.solve_affine(*self._arguments(call), slope))
+
+    def reference(self, call: Call, slope: bool = True) -> Outputs:
+        return Outputs(*affine.solve_affine(*self._arguments(call), slope))
+
+    def double(self) -> Forward:
+        start = None if self.start is None else self.start.double()
+        return Forward(self.weight.double(), self.injection.double(), self.activation, start)
+
+    def pre(self, z: Tensor) -> Tensor:
+        """W z + c in float64."""
+        return torch.addmm(self.injection.double(), z.double(), self.weight.double().t())
+
+    def step(self, z: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation].function(self.pre(z))
+
+    def sum_error(self, z: Tensor, unit: float) -> Tensor:
+        """(B, d) bound on the rounding error of W z + c."""
+        w, c = self.weight.double().abs(), self.injection.double().abs()
+        return SUM * (w.shape[0] + 1) ** 0.5 * unit * torch.addmm(c, z.double().abs(), w.t())
+
+    def rounding(self, z: Tensor, unit: float) -> Tensor:
+        phi, pre, error = ACTIVATIONS[self.activation].function, self.pre(z), self.sum_error(z, unit)
+        value = phi(pre)
+        moved = torch.maximum((phi(pre + error) - value).abs(), (phi(pre - error) - value).abs())
+        # Vector functions err by less than 4 u; gelu's 1 + erf cancels where p is negative.
+        phi_error = pre.abs() if self.activation == "gelu" else value.abs()
+        return (moved + 4 * unit * phi_error).norm(dim=1)
+
+    def lipschitz(self) -> Tensor:
+        norm = torch.linalg.matrix_norm(self.weight.double(), 2)
+        return (norm * ACTIVATIONS[self.activation].lipschitz).expand(len(self.injection))
+
+    def initial(self) -> Tensor:
+        rows = torch.zeros_like(self.injection) if self.start is None else self.start
+        return driver.finite_rows(rows.double())
+
+    def scale(self) -> Tensor:
+        return torch.ones(len(self.injection), 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    weight: Tensor
+    slope: Tensor
+    grad: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.slope, self.grad
+
+    def _arguments(self, call: Call) -> tuple:
+        return *self.tensors(), *affine.encode(call.solver), call.tol, call.max_iter, call.precision
+
+    def engine(self, call: Call) -> Outputs:
+        return Outputs(*torch.ops.fastdeq.solve_affine_adjoint(*self._arguments(call)))
+
+    def reference(self, call: Call) -> Outputs:
+        return Outputs(*affine.solve_affine_adjoint(*self._arguments(call)))
+
+    def double(self) -> Adjoint:
+        return Adjoint(*(t.double() for t in self.tensors()))
+
+    def unit_grad(self) -> Tensor:
+        return self.grad.double() / self.scale()
+
+    def step(self, q: Tensor) -> Tensor:
+        """At unit scale, as the residual is."""
+        pre = torch.addmm(self.unit_grad(), q.double(), self.weight.double())
+        return self.slope.double() * pre
+
+    def rounding(self, q: Tensor, unit: float) -> Tensor:
+        w, d = self.weight.double().abs(), self.slope.double().abs()
+        terms = torch.addmm(self.unit_grad().abs(), q.double().abs(), w)
+        error = (SUM * (w.shape[0] + 1) ** 0.5 + 4) * unit * d * terms  # 4: g scaled, D times
+        return error.norm(dim=1)
+
+    def lipschitz(self) -> Tensor:
+        norm = torch.linalg.matrix_norm(self.weight.double(), 2)
+        return norm * self.slope.double().abs().amax(1)
+
+    def initial(self) -> Tensor:
+        return torch.zeros_like(self.grad, dtype=torch.float64)
+
+    def scale(self) -> Tensor:
+        norm = self.grad.double().norm(dim=1, keepdim=True)
+        return torch.where(norm > 0, norm, 1.0)
+
+
+Case = Forward | Adjoint
+
+
+def with_layout(t: Tensor, layout: str) -> Tensor:
+    """t with other strides and the same entries; "expanded" keeps the first row only."""
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "strided":
+        wide = t.new_full((2 * t.shape[0] + 1, 3 * t.shape[1] + 1), torch.nan)
+        return wide[: 2 * t.shape[0] : 2, : 3 * t.shape[1] : 3].copy_(t)
+    if layout == "expanded":
+        return t[:1].expand_as(t)
+    return t.contiguous()
+
+
+def make_weight(size: int, norm: float, layout: str = "contiguous") -> Tensor:
+    """(d, d) float64 of the given 2-norm."""
+    w = with_layout(torch.randn(size, size, dtype=torch.float64), layout)
+    factor = norm / torch.linalg.matrix_norm(w, 2)
+    return with_layout(w * factor, layout)
+
+
+def make_forward(
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    activation: str = "tanh",
+    rate: float = 0.6,
+    layout: str = "contiguous",
+    rows: str = "contiguous",
+    start: str = "none",
+) -> Forward:
+    """A problem with L = rate. start: "none", "zeros", "random", or "nan" for some rows of NaN."""
+    weight = make_weight(size, rate / ACTIVATIONS[activation].lipschitz, layout)
+    c = torch.randn(batch, size, dtype=torch.float64)
+    z0 = None if start == "none" else torch.zeros(batch, size, dtype=dtype)
+    if start in ("random", "nan"):
+        z0 = torch.randn(batch, size).to(dtype)
+    if start == "nan":
+        z0[::2, -1] = torch.nan
+    cast = _keeping_strides(weight, dtype)
+    z0 = None if z0 is None else with_layout(z0, rows)
+    return Forward(cast, with_layout(c.to(dtype), rows), activation, z0)
+
+
+def make_adjoint(
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    rate: float = 0.6,
+    layout: str = "contiguous",
+    rows: str = "contiguous",
+) -> Adjoint:
+    weight = _keeping_strides(make_weight(size, rate, layout), dtype)
+    slope = torch.rand(batch, size).to(dtype)
+    grad = torch.randn(batch, size).to(dtype)
+    return Adjoint(weight, with_layout(slope, rows), with_layout(grad, rows))
+
+
+def _keeping_strides(t: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == t.dtype:
+        return t
+    wide = torch.empty_strided(t.shape, t.stride(), dtype=dtype)
+    if 0 in t.stride():
+        return t[:1].to(dtype).expand_as(t)
+    return wide.copy_(t)
+
+
+def unit_of(case: Case) -> float:
+    return torch.finfo(affine.working_dtype(*case.tensors())).eps / 2
+
+
+def true_residual(case: Case, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64: |f(z) - z|, |f(z)| + eps, and the value at the scale of the solve."""
+    z = value.double() / case.scale()
+    f = case.step(z)
+    return (f - z).norm(dim=1), f.norm(dim=1) + EPS, z
+
+
+def residual_history(case: Case, solver: Solver, updates: int) -> Tensor:
+    """(updates + 1, B) relative residuals of the plain PyTorch loop in float64."""
+    history = []
+
+    def f(z: Tensor) -> Tensor:
+        value = case.step(z)
+        history.append((value - z).norm(dim=1) / (value.norm(dim=1) + EPS))
+        return value
+
+    driver.solve(
+        f,
+        case.initial(),
+        solver,
+        tol=-1.0,  # nothing is frozen
+        max_iter=updates,
+        anderson_mix=torch.ops.fastdeq.anderson_mix,
+    )
+    return torch.stack(history)
+
+
+def residual_noise(case: Case, call: Call, value: Tensor) -> Tensor:
+    """(B,) how far rounding can move the relative residual of an iterate near the value: by that
+    of one evaluation and that of the iterate, ``rho + (1 + L) rho / (1 - L)``."""
+    _, size, z = true_residual(case, value)
+    noise = 2 * case.rounding(z, unit_of(case)) / (1 - case.lipschitz()) / size
+    return noise * (AMPLIFICATION if isinstance(call.solver, Anderson) else 1.0)
+
+
+def legitimate_iterations(case: Case, call: Call, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Fewest and most iterations (B,) to the tolerance that rounding can account for; equal where
+    the exact residual falls from above ``tol + noise`` to below ``tol - noise`` at once."""
+    history = residual_history(case, call.solver, call.max_iter)
+
+    def first_below(limit: Tensor) -> Tensor:
+        below = history <= limit
+        below[-1] = True
+        return below.int().argmax(0)
+
+    return first_below(call.tol + noise), first_below(call.tol - noise)
+
+
+def check_agreement(case: Case, call: Call, actual: Outputs, expected: Outputs) -> None:
+    """Both converged, in as many iterations as rounding allows, to values that close."""
+    dtype = affine.working_dtype(*case.tensors())
+    assert actual.value.dtype == expected.value.dtype
+    assert actual.residual.dtype == dtype
+    assert actual.value.is_contiguous()
+    assert actual.rejects.shape == expected.rejects.shape
+    check_distance(case, actual, expected)
+    noise = residual_noise(case, call, expected.value)
+    clear = noise < 0.5 * call.tol  # elsewhere the tolerance is below the rounding floor
+    assert clear.sum() >= len(clear) / 2 - 1
+    fewest, most = legitimate_iterations(case, call, noise)
+    for outputs in (actual, expected):
+        assert (outputs.status == Status.CONVERGED)[clear].all()
+        assert (outputs.residual <= call.tol)[clear].all()
+        within = (fewest <= outputs.iterations) & (outputs.iterations <= most)
+        assert within[clear].all(), (fewest, outputs.iterations, most)
+    if dtype == torch.float64:
+        assert torch.equal(actual.iterations[clear], expected.iterations[clear])
+        assert torch.equal(actual.rejects[clear], expected.rejects[clear])
+
+
+def check_distance(case: Case, actual: Outputs, expected: Outputs) -> None:
+    """Values as close as their reported residuals and the rounding of values and maps allow."""
+    unit, out = unit_of(case), torch.finfo(actual.value.dtype).eps / 2
+    bound = torch.zeros(len(actual.value), dtype=torch.float64)
+    for outputs in (actual, expected):
+        _, size, z = true_residual(case, outputs.value)
+        reached = outputs.residual.double() * size + case.rounding(z, unit)
+        bound += reached / (1 - case.lipschitz()) + 2 * out * z.norm(dim=1)
+    distance = (actual.value.double() - expected.value.double()) / case.scale()
+    assert (distance.norm(dim=1) <= bound).all(), (distance.norm(dim=1) / bound).max()
+
+
+def perturbed(case: Case, kind: str) -> Case:
+    """The problem with a planted error."""
+    if kind == "row":  # the last row of the weight, by 1 %
+        weight = case.weight.clone()
+        weight[-1] *= 1.01
+        return dataclasses.replace(case, weight=weight)
+    if kind == "transposed":
+        return dataclasses.replace(case, weight=case.weight.t())
+    if kind == "activation":
+        return dataclasses.replace(case, activation="hardtanh")
+    return dataclasses.replace(case, slope=case.slope * 1.001)
