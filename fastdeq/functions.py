@@ -193,7 +193,7 @@ class AffinePlan:
     backend: str
 
     def solve(self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool) -> affine.Outputs:
-        solve = affine.chosen("solve_affine", self.backend, c.device, self.solver, self.precision)
+        solve = affine.chosen("solve_affine", self.backend, c.device, self.solver)
         return solve(
             weight,
             c,

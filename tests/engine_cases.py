@@ -6,7 +6,7 @@ L       its Lipschitz constant; every problem made here contracts
 rho     (B,) bound on the rounding error |f_computed(z) - f(z)|
 
 A sum of d products errs by ``lambda sqrt(d) u sum |terms|`` with probability close to one (N. Higham
-and T. Mary, SIAM J. Sci. Comput. 41 (2019) A2815), lambda = 4 here. A reported residual r then puts
+and T. Mary, SIAM J. Sci. Comput. 41 (2019) A2815), lambda = 2 here. A reported residual r then puts
 the value within ``(r (|f| + eps) + rho) / (1 - L)`` of the solution, and iterates that have met
 nothing but rounding are within ``rho / (1 - L)`` of the exact ones.
 """
@@ -26,10 +26,10 @@ from fastdeq.solution import Status
 from fastdeq.solvers import Anderson, Solver
 
 EPS = driver.RESIDUAL_EPS
-SUM = 4.0  # lambda
+SUM = 2.0  # lambda
 # Rounding reaches the weights of Anderson acceleration magnified by the condition of its least
-# squares; 30 covers what fresh problems show five times over, and planted errors are far larger.
-AMPLIFICATION = 30.0
+# squares. On a thousand fresh problems 3 was enough, without it a few failed.
+AMPLIFICATION = 3.0
 
 
 class Outputs(NamedTuple):
@@ -285,7 +285,7 @@ def check_agreement(case: Case, call: Call, actual: Outputs, expected: Outputs) 
     assert actual.rejects.shape == expected.rejects.shape
     check_distance(case, actual, expected)
     noise = residual_noise(case, call, expected.value)
-    clear = noise < 0.5 * call.tol  # elsewhere the tolerance is below the rounding floor
+    clear = noise < call.tol  # elsewhere the tolerance is below the rounding floor
     assert clear.sum() >= len(clear) / 2 - 1
     fewest, most = legitimate_iterations(case, call, noise)
     for outputs in (actual, expected):
@@ -312,9 +312,9 @@ def check_distance(case: Case, actual: Outputs, expected: Outputs) -> None:
 
 def perturbed(case: Case, kind: str) -> Case:
     """The problem with a planted error."""
-    if kind == "row":  # the last row of the weight, by 1 %
+    if kind == "row":  # the last row of the weight is that before it
         weight = case.weight.clone()
-        weight[-1] *= 1.01
+        weight[-1] = weight[-2]
         return dataclasses.replace(case, weight=weight)
     if kind == "transposed":
         return dataclasses.replace(case, weight=case.weight.t())
