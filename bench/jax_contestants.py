@@ -6,7 +6,8 @@ jaxopt's tolerance is absolute and judges the whole batch by one Frobenius norm.
 ``|z*|_F``, which no user knows, and for the adjoint it is relative to ``|g|_F``; what counts is the
 residual of the worst sample, as for everybody. Its default linear solver, conjugate gradients on
 the normal equations, takes twice the time of BiCGSTAB here, so ``AndersonAcceleration`` gets
-BiCGSTAB; ``FixedPointIteration`` gets itself, which is the Neumann series.
+BiCGSTAB; ``FixedPointIteration`` gets itself, which is the Neumann series. Mapped over
+the batch, its GMRES took over 40 times as long as BiCGSTAB.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class _Solve:
         options = {"maxiter": self.spec.max_iter, "tol": self.tolerances[0], "implicit_diff": True}
         if self.window:
             options |= {"history_size": self.window, "ridge": 1e-8}
-            options["implicit_diff_solve"] = self._gmres if self.per_sample else self._bicgstab
+            options["implicit_diff_solve"] = self._bicgstab
             return jaxopt.AndersonAcceleration(f, **options)
         options["implicit_diff_solve"] = self._neumann
         return jaxopt.FixedPointIteration(f, **options)
@@ -171,12 +172,6 @@ class _Solve:
 
         matvec, tol = self._counted(matvec), self.tolerances[1]
         return solve_bicgstab(matvec, b, tol=tol, maxiter=self.spec.max_iter)
-
-    def _gmres(self, matvec: Map, b: Any) -> Any:
-        from jaxopt.linear_solve import solve_gmres
-
-        options = {"restart": 20, "solve_method": "incremental"}  # which may stop within a cycle
-        return solve_gmres(self._counted(matvec), b, tol=self.tolerances[1], **options)
 
     def _neumann(self, matvec: Map, b: Any) -> Any:
         """``(J^T - I) u = b`` as ``u = J^T u - b``."""

@@ -146,11 +146,11 @@ def check_identical(case, call):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("solver", [Picard(), Picard(damping=0.5)], ids=str)
+@pytest.mark.parametrize("solver", [Picard(), Picard(damping=0.9)], ids=str)
 def test_statuses_of_solves_that_do_not_converge(dtype, solver):
     eye, c = torch.eye(5, dtype=dtype), torch.rand(3, 5, dtype=dtype) + 0.5
-    # z -> c - 3 z runs away too slowly to overflow before patience ends.
-    stagnated = check_identical(Forward(-3 * eye, c, "identity"), call_for(dtype, solver, tol=1e-3))
+    # z -> c - 1.5 z runs away too slowly to overflow before patience ends.
+    stagnated = check_identical(Forward(-1.5 * eye, c, "identity"), call_for(dtype, solver, tol=1e-3))
     assert (stagnated.status == Status.STAGNATED).all()
     assert (stagnated.iterations == 50).all()
     bad = c.clone()
@@ -178,7 +178,7 @@ def test_tolerance_zero_converges_where_the_residual_is_zero(dtype):
     assert (solved.status == Status.CONVERGED).all()
     assert (solved.iterations == 1).all()
     started = Forward(case.weight, case.injection, "tanh", solved.value)
-    assert (check_identical(started, call_for(dtype, Picard(), tol=0.0)).iterations == 0).all()
+    assert (started.engine(call_for(dtype, Picard(), tol=0.0)).iterations == 0).all()
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=str)
