@@ -4,7 +4,7 @@
 //   exact   pre  = product + c, value is stored
 //   low     pre += product; a line without acceleration has its point replaced by the next one:
 //           the product does not read the point, so the line touches less memory
-//   square_difference += |value - point|^2,  square_value += |value|^2
+//   sums = |value - point|^2, |value|^2, of this panel
 //   next_delta = bfloat16(damping (value - point)), where the ramp is on: the plain step
 //
 // The product comes from a buffer in the first-level cache; everything else is read and written
@@ -66,8 +66,9 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
     }
 #endif
   }
-  line.square_difference += double(sum(square_difference));
-  line.square_value += double(sum(square_value));
+  double* sums = line.sums + 2 * (begin / kPanel<T>);
+  sums[0] = double(sum(square_difference));
+  sums[1] = double(sum(square_value));
 }
 
 template <typename T>

@@ -29,7 +29,7 @@ struct Line {
 
   int64_t sample;
   double length;  // what the result is multiplied by
-  double square_difference, square_value;
+  double* sums;   // (panels, 2): |f(point) - point|^2 and |f(point)|^2 of each
   double norm, previous_norm;  // |f(point) - point|, now and one evaluation before
   T best_residual;
   int32_t iterations;
@@ -65,9 +65,14 @@ constexpr int kBuffers = 7;  // point, value, pre, best, best_pre, injection, sl
 inline int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <typename T>
+int64_t sums_bytes(const SolveTask<T>& task) {
+  return align(panels<T>(task.size) * 2 * int64_t(sizeof(double)));
+}
+
+template <typename T>
 int64_t line_bytes(const SolveTask<T>& task) {
   const int64_t row = stride_of<T>(task.size) * int64_t(sizeof(T)), slots = task.window + 1;
-  int64_t bytes = kBuffers * row;
+  int64_t bytes = sums_bytes(task) + kBuffers * row;
   if (task.ramp) bytes += 2 * align(2 * stride_of<T>(task.size));
   if (task.window > 0) bytes += 2 * slots * row + align(slots * slots * int64_t(sizeof(double)));
   return bytes;
@@ -91,6 +96,8 @@ int64_t scratch_bytes(const SolveTask<T>& task) {
 template <typename T>
 void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   const int64_t stride = stride_of<T>(task.size), slots = task.window + 1;
+  line.sums = reinterpret_cast<double*>(at);
+  at += sums_bytes(task);
   T* row = reinterpret_cast<T*>(at);
   for (int64_t i = 0; i < kBuffers * stride; ++i) row[i] = 0;
   line.point = row;

@@ -13,11 +13,6 @@ int64_t packed_size(int64_t size) {
   return round_up<T>(size) * size;
 }
 
-template <typename T>
-int64_t panels(int64_t size) {
-  return (size + kPanel<T> - 1) / kPanel<T>;
-}
-
 #if defined(FASTDEQ_BFLOAT16)
 
 // Pairs (k, k + 1) of a packed panel of `width` outputs, rounded to bfloat16.

@@ -32,6 +32,11 @@ constexpr int64_t round_up(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+template <typename T>
+int64_t panels(int64_t size) {
+  return (size + kPanel<T> - 1) / kPanel<T>;
+}
+
 // Vectors in the panel that starts at output j.
 template <typename T>
 inline int vectors_at(int64_t j, int64_t size) {

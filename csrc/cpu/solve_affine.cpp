@@ -1,8 +1,8 @@
 // The solves of an affine cell on the CPU: arguments checked, one task for the engine, workers.
 //
 // A worker is a thread that takes samples from a common queue and iterates them to their end;
-// between the packing of W and the last sample no thread waits for another. Memory is taken before
-// the loop. Specification: fastdeq/affine.py, whose form serves what the engine does not.
+// between the packing of W and the last sample no thread waits for another. Only where there are
+// fewer samples than threads do these share each product. Memory is taken before the loop. Specification: fastdeq/affine.py, whose form serves what the engine does not.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -35,6 +35,10 @@ constexpr int64_t kScratchBytes = int64_t(1) << 28;
 // A thread is woken for no less than this, in multiply-adds of an assumed number of iterations.
 constexpr double kWorkPerThread = 5e5;
 constexpr double kAssumedIterations = 16;
+
+// Fewer samples than threads share the panels of each product, if it has so many multiply-adds: a
+// thread's part must take longer than waking and awaiting it.
+constexpr int64_t kSharedProduct = int64_t(1) << 19;
 
 // Where the ramp wins; see docs/how-it-works.md for the measurements.
 constexpr int64_t kRampSize = 32;
@@ -114,6 +118,10 @@ struct Outputs {
   }
 };
 
+void parallel_for(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
+  at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
 // `transposed`: products with W^T, as the forward map has them, instead of W.
 template <typename T>
 void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, bool transposed,
@@ -146,8 +154,11 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   const double work =
       double(task.size) * double(task.size) * double(task.batch) * kAssumedIterations;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t workers = std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
-                                              std::min<int64_t>(threads, task.batch));
+  const bool shared = task.batch < threads && task.size * task.size * task.batch >= kSharedProduct;
+  const int64_t workers =
+      shared ? 1
+             : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1, std::min(threads, task.batch));
+  task.parallel_for = shared ? &parallel_for : nullptr;
   const int64_t each = (task.batch + workers - 1) / workers;
   task.lines = 1;
   const int64_t one = engine.scratch_bytes(task);
@@ -164,16 +175,14 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;
 
-  const int64_t panels = engine.panels(task.size);
+  // A panel of a few hundred inputs is worth a thread.
+  const int64_t grain = workers > 1 || shared ? std::max<int64_t>(1, 1024 / task.size) : INT64_MAX;
+  at::parallel_for(0, engine.panels(task.size), grain,
+                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
   if (workers == 1) {
-    engine.pack(task, 0, panels);
     engine.work(task, 0);
     return;
   }
-  // A panel of a few hundred inputs is worth a thread.
-  const int64_t grain = std::max<int64_t>(1, 1024 / task.size);
-  at::parallel_for(0, panels, grain,
-                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) engine.work(task, worker);
   });

@@ -20,6 +20,10 @@ enum class Status : int8_t { kConverged = 0, kMaxIter = 1, kStagnated = 2, kNonf
 
 constexpr int kCounters = 3;  // of rejected steps, for Anderson: safeguard, weight_cap, rank_cut
 
+// Calls body(context, begin, end) for parts of 0 <= i < count, on several threads.
+using ParallelFor = void (*)(int64_t count, void* context,
+                             void (*body)(void* context, int64_t begin, int64_t end));
+
 template <typename T>
 struct SolveTask {
   int64_t size = 0;
@@ -58,6 +62,7 @@ struct SolveTask {
   void* packed_low = nullptr;
   std::byte* scratch = nullptr;  // scratch_bytes for each worker
   std::atomic<int64_t>* next_sample = nullptr;
+  ParallelFor parallel_for = nullptr;  // set where one worker's products are shared among threads
 };
 
 // The engine of one instruction set. Nothing here allocates.

@@ -130,7 +130,6 @@ class Worker {
     if (!zero) return true;
     // The product of W with zeros is known.
     const T zeros[kPanel<T>] = {};
-    fresh.square_difference = fresh.square_value = 0;
     for (int64_t j = 0; j < size; j += kPanel<T>) {
       exact_epilogue_(task_, fresh, zeros, j, size < j + kPanel<T> ? size : j + kPanel<T>);
     }
@@ -165,27 +164,45 @@ class Worker {
 
   // One evaluation of the lines first <= i < last.
   void multiply(int64_t first, int64_t last, bool low) {
-    const int64_t size = task_.size, count = last - first;
-    for (int64_t i = 0; i < count; ++i) {
+    Evaluation evaluation{this, first, last - first, low};
+    for (int64_t i = 0; i < evaluation.count; ++i) {
       Line<T>& l = line(first + i);
       rows_[i] = low ? static_cast<const void*>(l.delta) : l.point;
-      l.square_difference = l.square_value = 0;
     }
-    const Epilogue<T> epilogue = low ? low_epilogue_ : exact_epilogue_;
+    const int64_t all = panels<T>(task_.size);
+    if (task_.parallel_for != nullptr) {
+      task_.parallel_for(all, &evaluation, &multiply_panels);
+    } else {
+      multiply_panels(&evaluation, 0, all);
+    }
+  }
+
+  struct Evaluation {
+    Worker* worker;
+    int64_t first, count;
+    bool low;
+  };
+
+  static void multiply_panels(void* context, int64_t first_panel, int64_t last_panel) {
+    const Evaluation& e = *static_cast<const Evaluation*>(context);
+    Worker& w = *e.worker;
+    const int64_t size = w.task_.size;
+    const Epilogue<T> epilogue = e.low ? w.low_epilogue_ : w.exact_epilogue_;
     alignas(64) T product[kRows * kPanel<T>];
-    for (int64_t j = 0; j < size; j += kPanel<T>) {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t j = panel * kPanel<T>;
       const int vectors = vectors_at<T>(j, size);
       const int64_t end = size < j + kPanel<T> ? size : j + kPanel<T>;
-      for (int64_t i = 0; i < count; i += kRows) {
-        const int rows = int(count - i < kRows ? count - i : kRows);
-        if (low) {
-          multiply_low(rows, vectors, i, j, product);
+      for (int64_t i = 0; i < e.count; i += kRows) {
+        const int rows = int(e.count - i < kRows ? e.count - i : kRows);
+        if (e.low) {
+          w.multiply_low(rows, vectors, i, j, product);
         } else {
-          tile_for<T>(rows, vectors)(reinterpret_cast<const T* const*>(rows_ + i),
-                                     task_.packed + j * size, size, product);
+          tile_for<T>(rows, vectors)(reinterpret_cast<const T* const*>(w.rows_ + i),
+                                     w.task_.packed + j * size, size, product);
         }
         for (int r = 0; r < rows; ++r) {
-          epilogue(task_, line(first + i + r), product + r * kPanel<T>, j, end);
+          epilogue(w.task_, w.line(e.first + i + r), product + r * kPanel<T>, j, end);
         }
       }
     }
@@ -206,8 +223,13 @@ class Worker {
   bool advance(Line<T>& l, bool low) {
     if (task_.ramp) swap(l.delta, l.next_delta);
     l.previous_norm = l.norm;
-    l.norm = __builtin_sqrt(l.square_difference);
-    const T relative = T(l.norm / (__builtin_sqrt(l.square_value) + task_.residual_eps));
+    double square_difference = 0, square_value = 0;
+    for (int64_t panel = 0; panel < panels<T>(task_.size); ++panel) {
+      square_difference += l.sums[2 * panel];
+      square_value += l.sums[2 * panel + 1];
+    }
+    l.norm = __builtin_sqrt(square_difference);
+    const T relative = T(l.norm / (__builtin_sqrt(square_value) + task_.residual_eps));
     const T* at = l.point;
     if (!low) {
       if (relative < l.best_residual) {  // false for NaN
