@@ -6,7 +6,8 @@
     full(z0)          both
     tensor(s)         z of a state, as a torch tensor
     iterations        of the latest forward and adjoint solve, worst sample; None where unknown
-    count_products()  evaluations of W z and of q W in ``full()``, worst sample; not what only the
+    count_products()  products W z and q W in ``full()``, per sample: the mean over the batch where
+                      samples stop one by one, else the number for the batch; not what only the
                       slopes at the solution or the gradients at the end are made of
 
 Everybody gets (W, U, b, x) and computes ``c = U x + b`` once. A setting is a tolerance, or a number
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fastdeq import AffineCell, DEQLayer
 
-Counts = tuple[int | None, int | None]
+Counts = tuple[float | None, float | None]
 
 
 class Contestant:
@@ -102,10 +103,11 @@ class FastDEQ(Contestant):
         return forward, adjoint
 
     def count_products(self) -> Counts:
-        """One more evaluation verifies the last update; the adjoint's first one is known, D g."""
+        """One more evaluation verifies the last update; the first, W 0, needs no product."""
         self.full()
-        forward, adjoint = self.iterations
-        return None if forward is None else forward + 1, adjoint
+        solutions = self.layer.last_solution, self.layer.last_adjoint_solution
+        forward, adjoint = (float(s.iterations.float().mean()) for s in solutions)
+        return forward, adjoint
 
 
 class TorchDEQ(Contestant):

@@ -45,7 +45,7 @@ def report(races: Races) -> Iterator[tuple[str, list[str]]]:
         chosen = [race for race in products if race.spec.hard == hard]
         if chosen:
             what = "hard" if hard else "easy"
-            yield f"products with W, forward + backward, {what}", _products(chosen, hard)
+            yield f"products with W per sample, forward + backward, {what}", _products(chosen, hard)
     if peers:
         lines = [*_RATIO_NOTE, *_busy()]
         for hard in (True, False):
@@ -104,7 +104,7 @@ def _products(races: list[Race], hard: bool) -> list[str]:
 def _count(counts: Counts | None) -> str:
     if counts is None:
         return "-"
-    return "+".join("?" if count is None else str(count) for count in counts)
+    return "+".join("?" if count is None else f"{count:.4g}" for count in counts)
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:

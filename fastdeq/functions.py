@@ -18,6 +18,7 @@ with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers loo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +50,23 @@ class AdjointPlan:
     backend: str
     anderson_mix: Callable[..., Any]
     report: Callable[[Solution], None] = field(default=_ignore)
+
+    def solve_affine(self, weight: Tensor, slope: Tensor, grad: Tensor) -> Tensor:
+        """``q = D (g + q W)``, reported."""
+        solve = affine.chosen("solve_affine_adjoint", self.backend, grad.device, self.solver)
+        q, status, iterations, residual, rejects = solve(
+            weight,
+            slope,
+            grad,
+            *affine.encode(self.solver),
+            self.tol,
+            self.max_iter,
+            self.precision,
+        )
+        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
+            counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
+            self.report(Solution(q, status, iterations, residual, counters))
+        return q
 
     def silent(self) -> AdjointPlan:
         """The same plan for a derivative of the gradient, which nobody follows."""
@@ -234,13 +252,18 @@ class AffineFixedPoint(Function):
         weight, c, z, status, slope = ctx.saved_tensors
         dtype = slope.dtype
         w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
-        with torch.autocast(z.device.type, enabled=False):
-            if torch.is_grad_enabled():  # a derivative of this gradient needs D as a function
-                failed = (status == int(Status.NONFINITE)).unsqueeze(1)
-                pre = torch.addmm(c.to(dtype), at, w.t())
-                slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
-                g = torch.where(failed, 0.0, g)
-            q = LinearSolve.apply(ctx.adjoint, w, slope, g)
+        if not torch.is_grad_enabled():
+            q, grad_weight = ctx.adjoint.solve_affine(w, slope, g), None
+            if ctx.needs_input_grad[2]:
+                with _without_autocast(z.device.type):
+                    grad_weight = torch.mm(q.t(), at).to(weight.dtype)
+            return None, None, grad_weight, q.to(c.dtype), None
+        # A derivative of this gradient needs D as a function of what it depends on.
+        with _without_autocast(z.device.type):
+            failed = (status == int(Status.NONFINITE)).unsqueeze(1)
+            pre = torch.addmm(c.to(dtype), at, w.t())
+            slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
+            q = LinearSolve.apply(ctx.adjoint, w, slope, torch.where(failed, 0.0, g))
             grad_weight = (q.t() @ at).to(weight.dtype) if ctx.needs_input_grad[2] else None
         return None, None, grad_weight, q.to(c.dtype), None
 
@@ -250,19 +273,7 @@ class LinearSolve(Function):
 
     @staticmethod
     def forward(ctx: Any, plan: AdjointPlan, weight: Tensor, slope: Tensor, grad: Tensor) -> Tensor:
-        solve = affine.chosen("solve_affine_adjoint", plan.backend, grad.device, plan.solver)
-        q, status, iterations, residual, rejects = solve(
-            weight,
-            slope,
-            grad,
-            *affine.encode(plan.solver),
-            plan.tol,
-            plan.max_iter,
-            plan.precision,
-        )
-        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
-            counters = dict(zip(plan.solver.rejects, rejects.unbind(1), strict=True))
-            plan.report(Solution(q, status, iterations, residual, counters))
+        q = plan.solve_affine(weight, slope, grad)
         ctx.plan = plan
         ctx.save_for_backward(weight, slope, grad, q)
         ctx.set_materialize_grads(False)
@@ -276,6 +287,12 @@ class LinearSolve(Function):
         p = LinearSolve.apply(ctx.plan.silent(), weight.t(), slope, h)
         grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
         return None, q.t() @ p, grad_slope, p
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def rerun_autocast(f: Map, device_type: str) -> Map:

@@ -28,7 +28,7 @@ def fewest_requests(run) -> int:
     count = ctypes.CDLL(None).allocation_count
     count.restype = ctypes.c_long
     found = []
-    for _ in range(5):
+    for _ in range(3):
         before = count()
         run()
         found.append(count() - before)
@@ -55,7 +55,8 @@ def main(threads: int) -> None:
         }
         for direction, case in cases.items():
             for name, solver in SOLVERS.items():
-                for form in ("engine", "reference") if size == 32 else ("engine",):
+                planted = name == "picard" and size == 32 and threads == 1
+                for form in ("engine", "reference") if planted else ("engine",):
                     requests, updates = {}, {}
                     for max_iter in (SHORT, LONG):
                         call = Call(solver, 0.0, max_iter, precision)

@@ -88,7 +88,11 @@ class Forward:
         return SUM * (w.shape[0] + 1) ** 0.5 * unit * torch.addmm(c, z.double().abs(), w.t())
 
     def rounding(self, z: Tensor, unit: float) -> Tensor:
-        phi, pre, error = ACTIVATIONS[self.activation].function, self.pre(z), self.sum_error(z, unit)
+        phi, pre, error = (
+            ACTIVATIONS[self.activation].function,
+            self.pre(z),
+            self.sum_error(z, unit),
+        )
         value = phi(pre)
         moved = torch.maximum((phi(pre + error) - value).abs(), (phi(pre - error) - value).abs())
         # Vector functions err by less than 4 u; gelu's 1 + erf cancels where p is negative.

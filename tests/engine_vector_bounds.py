@@ -51,7 +51,12 @@ def erf(x):
     for n in range(1, 220):
         term = term * 2 * square / (2 * n + 1)
         total = total + term
-    return total * np.exp(-square) * 2 / np.sqrt(x.dtype.type(np.pi) + x.dtype.type(1.2246467991473532e-16))
+    return (
+        total
+        * np.exp(-square)
+        * 2
+        / np.sqrt(x.dtype.type(np.pi) + x.dtype.type(1.2246467991473532e-16))
+    )
 
 
 def sigmoid(x):
@@ -131,8 +136,37 @@ def inputs(dtype, generator, count):
     integer = np.uint32 if dtype == np.float32 else np.uint64
     bits = generator.integers(0, np.iinfo(integer).max, count, dtype=integer, endpoint=True)
     tiny, smallest = np.finfo(dtype).tiny, np.finfo(dtype).smallest_subnormal
-    edges = [0, smallest, 2 * smallest, tiny, tiny / 2, 1e-8, 0.5, 1, 2, 3.95, 5.95, 9.25, 17, 18, 19.25,
-             20, 37, 38, 87.3, 88.7, 89, 103, 104, 709.7, 710, 745, 746, 1e4, np.finfo(dtype).max]
+    edges = [
+        0,
+        smallest,
+        2 * smallest,
+        tiny,
+        tiny / 2,
+        1e-8,
+        0.5,
+        1,
+        2,
+        3.95,
+        5.95,
+        9.25,
+        17,
+        18,
+        19.25,
+        20,
+        37,
+        38,
+        87.3,
+        88.7,
+        89,
+        103,
+        104,
+        709.7,
+        710,
+        745,
+        746,
+        1e4,
+        np.finfo(dtype).max,
+    ]
     edges = np.array([x for x in edges if x <= np.finfo(dtype).max], dtype=dtype)
     near = np.concatenate([np.nextafter(edges, dtype(0)), edges, np.nextafter(edges, dtype(100))])
     dense = [generator.uniform(-r, r, count // 8).astype(dtype) for r in (1, 5, 20, 110)]

@@ -91,7 +91,9 @@ def test_solver_options(solver, dtype):
 @pytest.mark.parametrize("mixed", [(1, 0), (0, 1)], ids=str)
 def test_one_double_tensor_makes_the_solve_double(mixed):
     case = make_forward(4, 19, torch.float32, start="random")
-    weight, injection = (t.double() if m else t for t, m in zip(case.tensors(), mixed, strict=False))
+    weight, injection = (
+        t.double() if m else t for t, m in zip(case.tensors(), mixed, strict=False)
+    )
     check(Forward(weight, injection, "tanh", case.start), call_for(torch.float64, Anderson()))
     adjoint = make_adjoint(4, 19, torch.float32)
     weight, slope = (t.double() if m else t for t, m in zip(adjoint.tensors(), mixed, strict=False))
@@ -150,7 +152,9 @@ def check_identical(case, call):
 def test_statuses_of_solves_that_do_not_converge(dtype, solver):
     eye, c = torch.eye(5, dtype=dtype), torch.rand(3, 5, dtype=dtype) + 0.5
     # z -> c - 1.5 z runs away too slowly to overflow before patience ends.
-    stagnated = check_identical(Forward(-1.5 * eye, c, "identity"), call_for(dtype, solver, tol=1e-3))
+    stagnated = check_identical(
+        Forward(-1.5 * eye, c, "identity"), call_for(dtype, solver, tol=1e-3)
+    )
     assert (stagnated.status == Status.STAGNATED).all()
     assert (stagnated.iterations == 50).all()
     bad = c.clone()

@@ -83,7 +83,9 @@ def test_reported_residuals_are_true_and_cost_no_more_iterations(size, solver):
 def test_odd_sizes_and_starts(size):
     for solver in (SOLVERS[1], SOLVERS[3]):
         call = Call(solver, 1e-4, 100, "mixed")
-        forward = make_forward(8, size, torch.float32, start="nan", layout="strided", rows="strided")
+        forward = make_forward(
+            8, size, torch.float32, start="nan", layout="strided", rows="strided"
+        )
         adjoint = make_adjoint(8, size, torch.float32, layout="transposed")
         for case in (forward, adjoint):
             outputs = case.engine(call)

@@ -186,21 +186,24 @@ def test_opcheck_anderson_mix(dtype):
     torch.library.opcheck(torch.ops.fastdeq.anderson_mix, (f, g, gram, count, *options()))
 
 
+@pytest.mark.parametrize("form", ["", "_reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=repr)
-def test_opcheck_solve_affine(dtype, solver):
+def test_opcheck_solve_affine(dtype, solver, form):
     w, c = (0.1 * torch.randn(5, 5)).to(dtype), torch.randn(3, 5).to(dtype)
     arguments = (w, c, torch.zeros_like(c), "tanh", *encode(solver), 1e-3, 20)
-    torch.library.opcheck(torch.ops.fastdeq.solve_affine, arguments)
+    torch.library.opcheck(getattr(torch.ops.fastdeq, f"solve_affine{form}"), arguments)
 
 
+@pytest.mark.parametrize("form", ["", "_reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("solver", [Neumann(), GMRES(), Anderson()], ids=repr)
-def test_opcheck_solve_affine_adjoint(dtype, solver):
+def test_opcheck_solve_affine_adjoint(dtype, solver, form):
     w, g = (0.1 * torch.randn(5, 5)).to(dtype), torch.randn(3, 5).to(dtype)
     arguments = (w, torch.rand_like(g), g, *encode(solver), 1e-3, 20)
-    torch.library.opcheck(torch.ops.fastdeq.solve_affine_adjoint, arguments)
+    torch.library.opcheck(getattr(torch.ops.fastdeq, f"solve_affine_adjoint{form}"), arguments)
 
 
 def test_every_operator_is_checked_here():
-    assert set(ops.SCHEMAS) == {"anderson_mix", "solve_affine", "solve_affine_adjoint"}
+    solves = {"solve_affine", "solve_affine_adjoint"}
+    assert set(ops.SCHEMAS) == {"anderson_mix", *solves, *(f"{name}_reference" for name in solves)}

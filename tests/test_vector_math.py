@@ -45,8 +45,10 @@ def test_special_values_and_lengths(dtype):
 def pade(x, name, derivative):
     """tanh to six digits for small x."""
     x = x.double().clamp(-4.97, 4.97).to(x.dtype)
-    return x * (135135 + x**2 * (17325 + x**2 * (378 + x**2))) / (
-        135135 + x**2 * (62370 + x**2 * (3150 + 28 * x**2))
+    return (
+        x
+        * (135135 + x**2 * (17325 + x**2 * (378 + x**2)))
+        / (135135 + x**2 * (62370 + x**2 * (3150 + 28 * x**2)))
     )
 
 
