@@ -14,7 +14,7 @@ namespace {
 
 std::string describe_engine() {
   std::string text = fastdeq::engine().name;
-  if (fastdeq::has_bfloat16()) text += " with bfloat16 products";
+  if (fastdeq::has_ramp()) text += " with 8-bit and bfloat16 products";
   text += "; compiled in:";
 #if defined(FASTDEQ_HAS_AVX512)
   text += " avx512";
@@ -30,7 +30,7 @@ std::map<std::string, std::string> build_info() {
       {"cuda", FASTDEQ_WITH_CUDA ? "yes" : "no"},
       {"torch", TORCH_VERSION},
       {"engine", describe_engine()},
-      {"bfloat16", fastdeq::has_bfloat16() ? "yes" : "no"},
+      {"ramp", fastdeq::has_ramp() ? "yes" : "no"},
 #if defined(_OPENMP)
       {"threads", "OpenMP"},
 #else

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,18 +35,31 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def unit_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of unit norm and their lengths ``(B, 1)``; a row of zeros keeps length 1.
+class UnitRows(NamedTuple):
+    """Rows of unit norm ``(B, n)`` and what they were multiplied by."""
+
+    rows: Tensor
+    norm: Tensor  # (B, 1)
+    largest: Tensor  # (B, 1)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Rows in the scale of the original ones; a step at a time, as the norm may overflow."""
+        return rows * self.norm * self.largest
+
+
+def unit_rows(grad: Tensor) -> UnitRows:
+    """Scales rows ``(B, n)`` to unit norm; a row of zeros stays as it is.
 
     A linear solve is homogeneous, its stop test is not: next to ``driver.RESIDUAL_EPS`` a small
     gradient (the mean over a large batch, say) would pass for a solved one.
     """
     # Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
     largest = grad.abs().amax(1, keepdim=True) if grad.shape[1] else grad.new_ones(len(grad), 1)
-    scaled = grad / torch.where(largest > 0, largest, 1.0)
+    largest = torch.where(largest > 0, largest, 1.0)
+    scaled = grad / largest
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    length = torch.where(largest > 0, largest * norm, 1.0)
-    return scaled / torch.where(norm > 0, norm, 1.0), length
+    norm = torch.where(norm > 0, norm, 1.0)
+    return UnitRows(scaled / norm, norm, largest)
 
 
 def solve_affine(
@@ -109,7 +122,8 @@ def solve_affine_adjoint(
     dtype = working_dtype(weight, slope, grad)
     w, d = weight.to(dtype), slope.to(dtype)
     grad = torch.where(d.any(1, keepdim=True), grad, 0.0)
-    g, length = unit_rows(grad.to(dtype))
+    unit = unit_rows(grad.to(dtype))
+    g = unit.rows
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
             lambda q: reference.affine_adjoint_step(w, d, g, q),
@@ -120,7 +134,9 @@ def solve_affine_adjoint(
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,
             start_value=d * g,
         )
-    value = torch.where(grad.isfinite().all(1, keepdim=True), solution.value * length, torch.nan)
+    value = torch.where(
+        grad.isfinite().all(1, keepdim=True), unit.restore(solution.value), torch.nan
+    )
     return _outputs(solution.with_value(value), grad.dtype)
 
 

@@ -68,9 +68,12 @@ def solve(
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
         norm = torch.linalg.vector_norm(value - point, dim=1)
-        relative = norm / (torch.linalg.vector_norm(value, dim=1) + RESIDUAL_EPS)
+        size = torch.linalg.vector_norm(value, dim=1)
+        relative = norm / (size + RESIDUAL_EPS)
 
-        improved = judged & (relative < best_residual)  # false for NaN
+        # False for NaN, and where |f(z)|^2 overflows before |f(z) - z|^2 does: next to infinity
+        # every residual would be small.
+        improved = judged & (relative < best_residual) & (size < torch.inf)
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
         idle = torch.where(improved, 0, idle + judged)

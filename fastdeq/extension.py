@@ -29,4 +29,4 @@ def _load() -> tuple[ModuleType | None, str]:
 module, why_missing = _load()
 build_info: dict[str, str] = module.build_info() if module else {}
 has_cuda: bool = build_info.get("cuda", "") == "yes"
-has_bfloat16: bool = build_info.get("bfloat16", "") == "yes"  # products of the CPU engine
+has_ramp: bool = build_info.get("ramp", "") == "yes"  # narrow products in the CPU engine

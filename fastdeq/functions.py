@@ -129,7 +129,8 @@ def _solve_adjoint(
 ) -> Tensor:
     """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given."""
 
-    g, length = affine.unit_rows(grad)
+    unit = affine.unit_rows(grad)
+    g = unit.rows
 
     def adjoint_map(u: Tensor) -> Tensor:
         products: tuple[Tensor | None, ...] = (None,)
@@ -155,13 +156,13 @@ def _solve_adjoint(
             anderson_mix=plan.anderson_mix,
             start_value=g,
         )
-    plan.report(solution.with_value(solution.value * length))
+    plan.report(solution.with_value(unit.restore(solution.value)))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:
-        return u * length
+        return unit.restore(u)
     closed_over = [t for t in (g, at, *theta) if t.requires_grad]
-    unit: Tensor = FixedPoint.apply(plan.silent(), adjoint_map, None, None, u, *closed_over)
-    return unit * length
+    attached: Tensor = FixedPoint.apply(plan.silent(), adjoint_map, None, None, u, *closed_over)
+    return unit.restore(attached)
 
 
 def attach(plan: AdjointPlan, f: Map, z: Tensor) -> Tensor:

@@ -116,14 +116,14 @@ def why_unavailable(backend: str, device_type: str) -> str:
 
 
 def why_no_ramp(backend: str, device_type: str) -> str:
-    """Why early iterations cannot be made in bfloat16 for tensors there; empty when they can."""
+    """Why there are no narrow products for tensors there; empty when there are."""
     if device_type != "cpu" or backend not in ("auto", "cpp"):
         return (
             f"only the C++ engine has it, and backend={backend!r} serves tensors on {device_type}"
         )
     if extension.why_missing:
         return f"the extension is missing: {extension.why_missing}"
-    return "" if extension.has_bfloat16 else "this processor or build lacks AVX-512 with BF16"
+    return "" if extension.has_ramp else "this processor or build lacks AVX-512 BF16 or VNNI"
 
 
 def implementation(backend: str, device: torch.device) -> Callable[..., Any]:

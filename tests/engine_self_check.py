@@ -1,4 +1,4 @@
-"""The engine against its specification, in little; ends with the instruction set that it ran on.
+"""The engine against its specification, in little; prints which engine that was.
 
 A process of its own, because PyTorch reads ATEN_CPU_CAPABILITY once.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import engine_vector_bounds as bounds
 import numpy as np
 import torch
-from engine_cases import Call, check_agreement, make_adjoint, make_forward, perturbed
+from engine_cases import Call, make_adjoint, make_forward, perturbed
+from engine_checks import check_agreement
 
+from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.solvers import Anderson, Picard
 
 SIZES = (1, 3, 15, 16, 17, 33, 70, 130, 513)
 
 
-def check_vector_functions(activate, capability: str) -> None:
+def check_vector_functions(activate, engine: str) -> None:
     generator = np.random.default_rng(0)
     for dtype in (np.float32, np.float64) if bounds.wide_enough else (np.float32,):
         for name in ACTIVATIONS:
@@ -28,7 +30,7 @@ def check_vector_functions(activate, capability: str) -> None:
                     dtype,
                     generator,
                     count=1 << (14 if dtype == np.float32 else 10),
-                    avx512=capability == "AVX512",
+                    avx512=engine == "avx512",
                 )
                 assert excess <= 1, (name, derivative, dtype, excess)
     for dtype in (torch.float32, torch.float64):
@@ -38,8 +40,8 @@ def check_vector_functions(activate, capability: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    capability = torch.backends.cpu.get_cpu_capability()
-    check_vector_functions(torch.ops.fastdeq.engine_activation, capability)
+    engine = extension.build_info["engine"].split()[0].rstrip(";")
+    check_vector_functions(torch.ops.fastdeq.engine_activation, engine)
     for i, size in enumerate(SIZES):
         activation = list(ACTIVATIONS)[(3 * i) % len(ACTIVATIONS)]
         for dtype, tol in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
@@ -52,7 +54,7 @@ def main() -> None:
     try:
         check_agreement(case, call, perturbed(case, "row").engine(call), case.reference(call))
     except AssertionError:
-        print(capability)
+        print(engine)
     else:
         raise AssertionError("a planted error was not seen")
 

@@ -58,7 +58,8 @@ void picard(int64_t size, int64_t batch, const T* weight, const T* rows, const T
   task.iterations = iterations;
   task.residual = residual;
   task.lines = batch < 4 ? batch : 4;
-  const auto packed = aligned(engine<T>().packed_size(size) * int64_t(sizeof(T)));
+  const int64_t outputs = (size + 63) / 64 * 64;  // no panel has more padding
+  const auto packed = aligned(outputs * size * int64_t(sizeof(T)));
   const auto scratch = aligned(engine<T>().scratch_bytes(task));
   std::atomic<int64_t> next_sample{0};
   task.packed = static_cast<T*>(packed.get());
@@ -78,8 +79,7 @@ void activate_float(int activation, int derivative, const float* in, float* out,
   activate(activation, derivative, in, out, count);
 }
 
-void activate_double(int activation, int derivative, const double* in, double* out,
-                     int64_t count) {
+void activate_double(int activation, int derivative, const double* in, double* out, int64_t count) {
   activate(activation, derivative, in, out, count);
 }
 
@@ -91,9 +91,8 @@ void picard_float(int64_t size, int64_t batch, const float* weight, const float*
 }
 
 void picard_double(int64_t size, int64_t batch, const double* weight, const double* rows,
-                   const double* slope, int activation, double tol, int64_t max_iter,
-                   double* value, double* value_slope, int8_t* status, int32_t* iterations,
-                   double* residual) {
+                   const double* slope, int activation, double tol, int64_t max_iter, double* value,
+                   double* value_slope, int8_t* status, int32_t* iterations, double* residual) {
   picard(size, batch, weight, rows, slope, activation, tol, max_iter, value, value_slope, status,
          iterations, residual);
 }

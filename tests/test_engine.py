@@ -4,23 +4,13 @@ import random
 
 import pytest
 import torch
-from engine_cases import (
-    Adjoint,
-    Call,
-    Forward,
-    Outputs,
-    check_agreement,
-    make_adjoint,
-    make_forward,
-    perturbed,
-    unit_of,
-)
+from engine_cases import Adjoint, Call, Forward, make_adjoint, make_forward, perturbed
+from engine_checks import check_agreement, unit_of
 
-from fastdeq import affine, extension
+from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
-from fastdeq.affine import encode
 from fastdeq.solution import Status
-from fastdeq.solvers import GMRES, Anderson, Neumann, Picard
+from fastdeq.solvers import Anderson, Neumann, Picard
 
 pytestmark = pytest.mark.skipif(
     extension.module is None, reason=f"no compiled extension: {extension.why_missing}"
@@ -175,6 +165,52 @@ def test_overflow_ends_nonfinite_with_the_best_finite_iterate(solver):
     torch.testing.assert_close(actual.residual, expected.residual)
 
 
+# FAILS: |f|^2 overflows an iterate before |f - z|^2 does, and "finite / inf = 0" ends CONVERGED
+# with residual 0. In the plain PyTorch form too (fastdeq/driver.py), hence for every map.
+@pytest.mark.parametrize("form", ["engine", "reference"])
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("scale", [2.5, 3.0, 4.0])
+def test_a_solve_that_diverges_is_never_taken_for_one_that_converged(scale, precision, form):
+    weight = scale * torch.randn(128, 128) / 128**0.5
+    c = torch.randn(64, 128)
+    forward = [Forward(weight, c, activation) for activation in ("relu", "elu", "identity")]
+    for case in (*forward, Adjoint(weight, torch.ones_like(c), c)):
+        outputs = getattr(case, form)(Call(Picard(), 1e-4, 100, precision))
+        assert (outputs.status != Status.CONVERGED).all()
+        assert (outputs.residual > 1e-4).all()
+        assert outputs.value.isfinite().all()
+
+
+# FAILS: the plain PyTorch form counts the dropped columns of a step that it does not take, because
+# the value at its end is not finite (Anderson.step: not failed, as well as not back).
+def test_rejects_of_samples_that_end_nonfinite():
+    case = Forward(1e100 * torch.eye(3).double(), torch.ones(2, 3).double(), "identity")
+    call = call_for(torch.float64, Anderson(max_weight=0.0))
+    actual, expected = case.engine(call), case.reference(call)
+    assert (actual.status == Status.NONFINITE).all()
+    assert torch.equal(actual.status, expected.status)
+    assert torch.equal(actual.iterations, expected.iterations)
+    assert torch.equal(actual.rejects, expected.rejects)
+
+
+# FAILS: the length of the row overflows, and all of it becomes infinite. In both forms.
+@pytest.mark.parametrize("form", ["engine", "reference"])
+def test_a_gradient_whose_norm_overflows_stays_finite(form):
+    grad = torch.full((1, 100), 1e38)
+    case = Adjoint(torch.zeros(100, 100), torch.ones(1, 100), grad)
+    torch.testing.assert_close(getattr(case, form)(Call(Neumann())).value, grad)
+
+
+def test_a_weight_with_nan_ends_nonfinite():
+    weight = torch.eye(20) / 2
+    weight[3, 4] = torch.nan
+    case = Forward(weight, torch.rand(5, 20))
+    for solver in (Picard(), Anderson()):
+        outputs = case.engine(call_for(torch.float32, solver))
+        assert (outputs.status == Status.NONFINITE).all()
+        assert outputs.value.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_tolerance_zero_converges_where_the_residual_is_zero(dtype):
     case = Forward(torch.zeros(4, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype))
@@ -207,74 +243,3 @@ def test_nothing_to_solve(batch_and_size, solver):
             if expected is not None:
                 assert actual.shape == expected.shape
                 assert actual.dtype == expected.dtype
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gmres_is_left_to_the_reference(dtype):
-    case = make_adjoint(5, 24, dtype, rows="strided")
-    for restart in (3, 30):
-        call = call_for(dtype, GMRES(restart))
-        actual, expected = case.engine(call), case.reference(call)
-        for a, e in zip(actual[:5], expected[:5], strict=True):
-            assert torch.equal(a, e)
-
-
-@pytest.mark.parametrize("precision", ["float32", "mixed"])
-@pytest.mark.parametrize("solver", [Picard(), Anderson(accelerate_above=0.7)], ids=str)
-def test_opcheck(solver, precision):
-    forward, adjoint = make_forward(3, 17, torch.float32), make_adjoint(3, 17, torch.float32)
-    last = *encode(solver), 1e-4, 20, precision
-    for slope in (True, False):
-        arguments = forward.weight, forward.injection, None, "tanh", *last, slope
-        torch.library.opcheck(torch.ops.fastdeq.solve_affine.default, arguments)
-    torch.library.opcheck(
-        torch.ops.fastdeq.solve_affine_adjoint.default, (*adjoint.tensors(), *last)
-    )
-
-
-W, C = torch.eye(4) / 2, torch.ones(3, 4)
-BAD_FORWARD = {
-    "weight must be": {"weight": torch.eye(5)},
-    "injection must be": {"injection": torch.ones(4)},
-    "start must be": {"start": torch.ones(2, 4)},
-    "floating-point": {"injection": C.int()},
-    "unknown activation": {"activation": "tanhh"},
-    "solver": {"solver": "newton"},
-    "takes 1 option": {"options": [1.0, 2.0]},
-    "takes 7 options": {"solver": "anderson", "options": [5.0]},
-    "window": {"solver": "anderson", "options": [0.0, *encode(Anderson())[1][1:]]},
-    "precision must be": {"precision": "bfloat16"},
-    "max_iter": {"max_iter": -1, "tol": 10.0},  # the tolerance ends it where -1 is accepted
-}
-
-
-@pytest.mark.parametrize("message", BAD_FORWARD)
-def test_bad_arguments_of_the_forward_solve(message):
-    given = {
-        "weight": W,
-        "injection": C,
-        "start": None,
-        "activation": "tanh",
-        "solver": "picard",
-        "options": [1.0],
-        "tol": 1e-3,
-        "max_iter": 9,
-        "precision": "auto",
-        **BAD_FORWARD[message],
-    }
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastdeq.solve_affine(*given.values())
-
-
-BAD_ADJOINT = {
-    "weight must be": (torch.eye(5), C, C),
-    "slope must be": (W, torch.ones(1, 4), C),
-    "grad must be": (W, C[0], C[0]),
-    "floating-point": (W.long(), C, C),
-}
-
-
-@pytest.mark.parametrize("message", BAD_ADJOINT)
-def test_bad_arguments_of_the_adjoint_solve(message):
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastdeq.solve_affine_adjoint(*BAD_ADJOINT[message], "neumann", [1.0], 1e-3, 9)

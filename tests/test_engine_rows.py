@@ -1,10 +1,12 @@
 """Rows of the CPU engine's results: no sample knows of another, and what each is told is true."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from engine_cases import Adjoint, Call, Forward, make_adjoint, make_forward, unit_of
+from engine_cases import Adjoint, Call, Forward, make_adjoint, make_forward
+from engine_checks import unit_of
 
 from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
@@ -81,13 +83,30 @@ def test_the_number_of_threads_does_not_matter(solver, kind, threads):
             assert_same(case.engine(call), alone)
 
 
-def test_the_number_of_threads_does_not_matter_where_panels_are_shared(threads):
-    call = call_for(Picard(), KINDS[1])
-    for case in problems(KINDS[1], 330, batch=20):
-        threads(1)
-        alone = case.engine(call)
-        threads(2)
-        assert_same(case.engine(call), alone)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [(20, 330), (1, 769)],  # the panels of the weight are packed, and multiplied, by two
+    ids=str,
+)
+def test_the_number_of_threads_does_not_matter_where_they_share_panels(batch, size, kind, threads):
+    for solver in (SOLVERS[0], SOLVERS[3]):
+        call = call_for(solver, kind)
+        for case in problems(kind, size, batch):
+            threads(1)
+            alone = case.engine(call)
+            threads(2)
+            assert_same(case.engine(call), alone)
+
+
+def test_solves_at_the_same_time_do_not_meet():
+    call = call_for(Anderson(), KINDS[1])
+    cases = [case for _ in range(4) for case in problems(KINDS[1], 60)]
+    alone = [case.engine(call) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda case: case.engine(call), cases))
+    for a, e in zip(together, alone, strict=True):
+        assert_same(a, e)
 
 
 @pytest.mark.parametrize("count", [1, 2])

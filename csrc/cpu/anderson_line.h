@@ -65,19 +65,8 @@ void extend_gram(const SolveTask<T>& task, Line<T>& line) {
   }
 }
 
-// Part of the next point; the line was evaluated at `at`.
 template <typename T>
-FASTDEQ_INLINE void set_next(Line<T>& line, const T* at, int64_t j, Vec<T> next) {
-#if defined(FASTDEQ_BFLOAT16)
-  if constexpr (sizeof(T) == 4) {
-    if (line.delta != nullptr) store_low(line.delta + j, next - load(at + j));
-  }
-#endif
-  store(line.point + j, next);
-}
-
-template <typename T>
-void mix(const SolveTask<T>& task, Line<T>& line, const double* gamma, const T* at) {
+void mix(const SolveTask<T>& task, const Line<T>& line, const double* gamma, T* next) {
   const int64_t stride = stride_of<T>(task.size), padded = round_up<T>(task.size);
   const int64_t slots = task.window + 1;
   const T* f_new = line.f_history + line.slot * stride;
@@ -96,11 +85,11 @@ void mix(const SolveTask<T>& task, Line<T>& line, const double* gamma, const T* 
       }
       z -= splat<T>(weight) * difference;
     }
-    set_next(line, at, j, z);
+    store(next + j, z);
   }
 }
 
-// The line was evaluated at `at`; writes the next point to line.point. False when it cannot go on.
+// The line was evaluated at `at`; replaces its value by the next point. False when it cannot go on.
 // `small` has room for (window + 1)^2 + window + 1 numbers.
 template <typename T>
 bool anderson_step(const SolveTask<T>& task, Line<T>& line, const T* at, double* small) {
@@ -113,7 +102,7 @@ bool anderson_step(const SolveTask<T>& task, Line<T>& line, const T* at, double*
     // The plain step from the point before, which was not taken back: its value is in the slot
     // before. The history restarts.
     const T* trusted = line.f_history + slot_of(line.slot, 1, slots) * stride;
-    for (int64_t j = 0; j < padded; j += kLanes<T>) set_next(line, at, j, load(trusted + j));
+    for (int64_t j = 0; j < padded; j += kLanes<T>) store(line.value + j, load(trusted + j));
     ++line.rejects[0];
     line.accelerated = false;
     line.count = 0;
@@ -123,7 +112,7 @@ bool anderson_step(const SolveTask<T>& task, Line<T>& line, const T* at, double*
     double* gamma = small + slots * slots;
     const AndersonOutcome outcome = solve_small(line.gram, slots, 1, slots, line.slot, line.count,
                                                 task.anderson, small, gamma);
-    mix(task, line, gamma, at);
+    mix(task, line, gamma, line.value);
     line.trusted_norm = line.norm;
     line.rejects[1] += outcome.rejected;
     line.rejects[2] += outcome.dropped > 0;

@@ -32,9 +32,10 @@ const Engine& engine() {
   return chosen;
 }
 
-bool has_bfloat16() {
+bool has_ramp() {
 #if defined(FASTDEQ_HAS_AVX512)
-  static const bool has = &engine() == &engine_avx512() && __builtin_cpu_supports("avx512bf16");
+  static const bool has = &engine() == &engine_avx512() &&
+                          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   return has;
 #else
   return false;

@@ -10,7 +10,7 @@ namespace fastdeq {
 // (ATEN_CPU_CAPABILITY=avx2 or default lowers both).
 const Engine& engine();
 
-// Whether that engine has products in bfloat16.
-bool has_bfloat16();
+// Whether that engine has products in bytes and in bfloat16.
+bool has_ramp();
 
 }  // namespace fastdeq

@@ -1,11 +1,9 @@
 // What follows a product, per line and panel: pre-activation, value, residual, next difference.
 //
-//   value = phi(pre), adjoint: D pre
-//   exact   pre  = product + c, value is stored
-//   low     pre += product; a line without acceleration has its point replaced by the next one:
-//           the product does not read the point, so the line touches less memory
-//   sums = |value - point|^2, |value|^2, of this panel
-//   next_delta = bfloat16(damping (value - point)), where the ramp is on: the plain step
+//   exact    pre  = product + c, value = phi(pre), adjoint: D pre
+//   narrow   pre += change_scale product; the product does not read the point, so a line without
+//            acceleration has it replaced by the next one, and value by the change
+//   sums = |f(point) - point|^2, |f(point)|^2, of this panel
 //
 // The product comes from a buffer in the first-level cache; everything else is read and written
 // once.
@@ -40,31 +38,29 @@ struct Adjoint {
 };
 
 // For the outputs begin <= j < end of one line; begin is a multiple of a vector.
-template <typename T, typename Map, bool kLow>
+template <typename T, typename Map, bool kNarrow>
 void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t begin,
               int64_t end) {
-  const T* base = kLow ? line.pre : line.injection;
-  const bool in_place = kLow && line.plain;
-  T* const result = in_place ? line.point : line.value;
-  const bool damped = task.damping != 1;
-  const Vec<T> damping = splat<T>(T(task.damping));
+  const T* base = kNarrow ? line.pre : line.injection;
+  const bool in_place = kNarrow && line.plain, damped = task.damping != 1;
+  const Vec<T> damping = splat<T>(T(task.damping)), scale = splat<T>(T(line.change_scale));
   Vec<T> square_difference = {}, square_value = {};
   for (int64_t j = begin; j < end; j += kLanes<T>) {
-    const Vec<T> pre = load(product + (j - begin)) + load(base + j);
+    Vec<T> pre = load(product + (j - begin));
+    pre = kNarrow ? pre * scale + load(base + j) : pre + load(base + j);
     Vec<T> value = Map::template apply<T>(pre, line, j);
     if (end - j < kLanes<T>) value = first_lanes<T>(value, end - j);
-    const Vec<T> point = load(line.point + j);
-    const Vec<T> difference = value - point;
-    const Vec<T> change = damped ? damping * difference : difference;
+    const Vec<T> point = load(line.point + j), difference = value - point;
     square_difference += difference * difference;
     square_value += value * value;
     store(line.pre + j, pre);
-    store(result + j, in_place && damped ? point + change : value);
-#if defined(FASTDEQ_BFLOAT16)
-    if constexpr (sizeof(T) == 4) {
-      if (line.next_delta != nullptr) store_low(line.next_delta + j, change);
+    if (in_place) {
+      const Vec<T> change = damped ? damping * difference : difference;
+      store(line.point + j, damped ? point + change : value);
+      store(line.value + j, change);
+    } else {
+      store(line.value + j, value);
     }
-#endif
   }
   double* sums = line.sums + 2 * (begin / kPanel<T>);
   sums[0] = double(sum(square_difference));
@@ -74,12 +70,12 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
 template <typename T>
 using Epilogue = void (*)(const SolveTask<T>&, Line<T>&, const T*, int64_t, int64_t);
 
-template <typename T, bool kLow>
+template <typename T, bool kNarrow>
 Epilogue<T> epilogue_for(const SolveTask<T>& task) {
-  if (task.slope != nullptr) return &epilogue<T, Adjoint, kLow>;
+  if (task.slope != nullptr) return &epilogue<T, Adjoint, kNarrow>;
   int index = 0;
 #define FASTDEQ_CHOOSE(name, functor) \
-  if (index++ == task.activation) return &epilogue<T, Forward<functor>, kLow>;
+  if (index++ == task.activation) return &epilogue<T, Forward<functor>, kNarrow>;
   FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
 #undef FASTDEQ_CHOOSE
   return nullptr;

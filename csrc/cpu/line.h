@@ -11,6 +11,8 @@
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
+enum class Kind : int8_t { kExact, kBfloat16, kBytes };
+
 template <typename T>
 struct Line {
   // (size): the point of evaluation, its value f(point), its pre-activation W point + c.
@@ -21,14 +23,13 @@ struct Line {
   T* best_pre;
   T* injection;
   T* slope;         // adjoint only
-  uint16_t* delta;       // ramp only, bfloat16: this point minus the one before
-  uint16_t* next_delta;  // and the next point minus this one
+  std::byte* change;  // ramp only: the next point minus this one, in bytes or bfloat16
   T* f_history;     // Anderson only: (window + 1, stride) each
   T* g_history;
   double* gram;  // (window + 1, window + 1)
 
   int64_t sample;
-  double length;  // what the result is multiplied by
+  T row_norm, largest;  // what the result is multiplied by
   double* sums;   // (panels, 2): |f(point) - point|^2 and |f(point)|^2 of each
   double norm, previous_norm;  // |f(point) - point|, now and one evaluation before
   T best_residual;
@@ -41,19 +42,15 @@ struct Line {
   bool accelerated;
   int32_t rejects[kCounters];
 
-  bool low;          // the next evaluation is in bfloat16, from `delta`
-  bool may_be_low;   // the ramp has not been given up for this sample
-  bool anchored;     // `anchor` is set
-  double anchor;     // relative residual at the last evaluation in full precision
-  double goal;       // relative residual at which the next one is due
+  Kind next;             // how the next evaluation is made
+  Kind narrowest;        // how it may be made
+  float change_scale;    // what `change` is to be multiplied by
+  bool anchored;         // `anchor` is set
+  double anchor;         // relative residual at the last evaluation in full precision
+  double goal;           // relative residual at which the next one is due
+  double expected;       // relative residual expected of the next evaluation
   int32_t since_anchor;  // evaluations
 };
-
-#if defined(FASTDEQ_BFLOAT16)
-inline void store_low(uint16_t* to, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-#endif
 
 template <typename T>
 int64_t stride_of(int64_t size) {
@@ -73,7 +70,7 @@ template <typename T>
 int64_t line_bytes(const SolveTask<T>& task) {
   const int64_t row = stride_of<T>(task.size) * int64_t(sizeof(T)), slots = task.window + 1;
   int64_t bytes = sums_bytes(task) + kBuffers * row;
-  if (task.ramp) bytes += 2 * align(2 * stride_of<T>(task.size));
+  if (task.ramp) bytes += align(2 * stride_of<T>(task.size));
   if (task.window > 0) bytes += 2 * slots * row + align(slots * slots * int64_t(sizeof(double)));
   return bytes;
 }
@@ -108,13 +105,11 @@ void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   line.injection = row + 5 * stride;
   line.slope = row + 6 * stride;
   at += kBuffers * stride * int64_t(sizeof(T));
-  line.delta = line.next_delta = nullptr;
+  line.change = at;
   if (task.ramp) {
     const int64_t bytes = align(2 * stride);
-    for (int64_t i = 0; i < 2 * bytes; ++i) at[i] = std::byte(0);
-    line.delta = reinterpret_cast<uint16_t*>(at);
-    line.next_delta = reinterpret_cast<uint16_t*>(at + bytes);
-    at += 2 * bytes;
+    for (int64_t i = 0; i < bytes; ++i) at[i] = std::byte(0);
+    at += bytes;
   }
   line.f_history = line.g_history = nullptr;
   line.gram = nullptr;

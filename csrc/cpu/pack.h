@@ -8,15 +8,10 @@
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
-template <typename T>
-int64_t packed_size(int64_t size) {
-  return round_up<T>(size) * size;
-}
-
-#if defined(FASTDEQ_BFLOAT16)
+#if defined(FASTDEQ_RAMP)
 
 // Pairs (k, k + 1) of a packed panel of `width` outputs, rounded to bfloat16.
-inline void pack_low(const float* panel, int64_t width, int64_t size, uint32_t* out) {
+inline void pack_bfloat16(const float* panel, int64_t width, int64_t size, uint32_t* out) {
   const __m512i interleave = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -28,6 +23,35 @@ inline void pack_low(const float* panel, int64_t width, int64_t size, uint32_t* 
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
       _mm512_storeu_si512(out + k / 2 * width + j, _mm512_permutexvar_epi16(interleave, both));
     }
+  }
+}
+
+// Fours (k ... k + 3) of a packed panel, as signed bytes with a scale for each output.
+inline void pack_bytes(const float* panel, int64_t width, int64_t size, uint32_t* out, float* scale,
+                       int32_t* offset) {
+  const __m512i byte = _mm512_set1_epi32(255);
+  for (int64_t j = 0; j < width; j += 16) {
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t k = 0; k < size; ++k) {
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(panel + k * width + j)));
+    }
+    const __m512 unit = _mm512_div_ps(largest, _mm512_set1_ps(127));
+    const __mmask16 used = _mm512_cmp_ps_mask(unit, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(used, _mm512_set1_ps(1), unit);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < size; k += 4) {
+      __m512i four = _mm512_setzero_si512();
+      for (int64_t i = 0; i < 4 && k + i < size; ++i) {
+        const __m512 w = _mm512_loadu_ps(panel + (k + i) * width + j);
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(w, inverse));
+        sum = _mm512_add_epi32(sum, rounded);
+        four = _mm512_or_si512(four, _mm512_sllv_epi32(_mm512_and_si512(rounded, byte),
+                                                       _mm512_set1_epi32(int(8 * i))));
+      }
+      _mm512_storeu_si512(out + k / 4 * width + j, four);
+    }
+    _mm512_storeu_ps(scale + j, unit);
+    _mm512_storeu_si512(offset + j, _mm512_slli_epi32(sum, 7));
   }
 }
 
@@ -107,11 +131,14 @@ void pack(const SolveTask<T>& task, int64_t first_panel, int64_t last_panel) {
       for (int64_t j = done; j < used; ++j) to[j] = from[j * task.output_stride];
       for (int64_t j = used; j < width; ++j) to[j] = 0;
     }
-#if defined(FASTDEQ_BFLOAT16)
+#if defined(FASTDEQ_RAMP)
     if constexpr (sizeof(T) == 4) {
       if (task.ramp) {
-        pack_low(panel, width, size,
-                 static_cast<uint32_t*>(task.packed_low) + begin * ((size + 1) / 2));
+        pack_bytes(panel, width, size, task.packed_bytes + begin * ((size + 3) / 4),
+                   task.byte_scale + begin, task.byte_offset + begin);
+        if (task.packed_bfloat16 != nullptr) {
+          pack_bfloat16(panel, width, size, task.packed_bfloat16 + begin * ((size + 1) / 2));
+        }
       }
     }
 #endif

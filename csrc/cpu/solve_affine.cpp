@@ -41,7 +41,7 @@ constexpr double kAssumedIterations = 16;
 constexpr int64_t kSharedProduct = int64_t(1) << 19;
 
 // Where the ramp wins; see docs/how-it-works.md for the measurements.
-constexpr int64_t kRampSize = 32;
+constexpr int64_t kRampSize = 48;
 
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Adjoint = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -62,6 +62,7 @@ struct Method {
 
 // The order of the options is that of the fields of the solver's dataclass.
 Method read_method(c10::string_view solver, at::ArrayRef<double> options, int64_t max_iter) {
+  TORCH_CHECK(max_iter >= 1, "max_iter must be >= 1, got ", max_iter);
   Method m;
   if (solver == "picard" || solver == "neumann") {
     TORCH_CHECK(options.size() == 1, "solver '", solver, "' takes 1 option, got ", options.size());
@@ -147,7 +148,7 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   task.safeguard = method.safeguard;
   task.accelerate_above = method.accelerate_above;
   task.anderson = method.anderson;
-  task.ramp = std::is_same_v<T, float> && has_bfloat16() && precision != "float32" &&
+  task.ramp = std::is_same_v<T, float> && has_ramp() && precision != "float32" &&
               (precision == "mixed" || task.size >= kRampSize);
 
   const EngineFor<T>& engine = engine_for<T>();
@@ -165,12 +166,18 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   task.lines = std::min(each, std::clamp<int64_t>(kScratchBytes / one, 1, kMostLines));
 
   const auto bytes = weight.options().dtype(at::kByte);
-  const int64_t packed = engine.packed_size(task.size);
-  const at::Tensor packed_weight = at::empty({packed * int64_t(sizeof(T))}, bytes);
-  const at::Tensor packed_low = at::empty({task.ramp ? (packed + packed / task.size) * 2 : 0}, bytes);
+  const int64_t outputs = engine.padded(task.size), size = task.size;
+  const auto room = [&](int64_t count) { return at::empty({count * 4}, bytes); };
+  const at::Tensor packed = at::empty({outputs * size * int64_t(sizeof(T))}, bytes);
+  const at::Tensor packed_bfloat16 = room(task.ramp ? outputs * ((size + 1) / 2) : 0);
+  const at::Tensor packed_bytes = room(task.ramp ? outputs * ((size + 3) / 4) : 0);
+  const at::Tensor byte_scale = room(task.ramp ? 2 * outputs : 0);
   const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, bytes);
-  task.packed = static_cast<T*>(packed_weight.mutable_data_ptr());
-  task.packed_low = packed_low.mutable_data_ptr();
+  task.packed = static_cast<T*>(packed.mutable_data_ptr());
+  task.packed_bfloat16 = static_cast<uint32_t*>(packed_bfloat16.mutable_data_ptr());
+  task.packed_bytes = static_cast<uint32_t*>(packed_bytes.mutable_data_ptr());
+  task.byte_scale = static_cast<float*>(byte_scale.mutable_data_ptr());
+  task.byte_offset = reinterpret_cast<int32_t*>(task.byte_scale + outputs);
   task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;

@@ -48,7 +48,7 @@ struct SolveTask {
   double safeguard = 0;
   double accelerate_above = 0;
   AndersonOptions anderson{};
-  bool ramp = false;  // early iterations in bfloat16
+  bool ramp = false;  // early iterations in bytes or bfloat16
 
   T* value = nullptr;
   T* value_slope = nullptr;  // phi'(W z + c) at the value; null: not wanted
@@ -58,8 +58,12 @@ struct SolveTask {
   int32_t* rejects = nullptr;  // (batch, kCounters), Anderson only
 
   int64_t lines = 0;    // samples that a worker holds at once
-  T* packed = nullptr;  // W in the order in which the products read it
-  void* packed_low = nullptr;
+  // W in the order in which the products read it; the narrow ones for the ramp.
+  T* packed = nullptr;
+  uint32_t* packed_bfloat16 = nullptr;
+  uint32_t* packed_bytes = nullptr;
+  float* byte_scale = nullptr;     // of each output
+  int32_t* byte_offset = nullptr;  // of each output: 128 times the sum of its bytes
   std::byte* scratch = nullptr;  // scratch_bytes for each worker
   std::atomic<int64_t>* next_sample = nullptr;
   ParallelFor parallel_for = nullptr;  // set where one worker's products are shared among threads
@@ -68,8 +72,7 @@ struct SolveTask {
 // The engine of one instruction set. Nothing here allocates.
 template <typename T>
 struct EngineFor {
-  // Elements of the packed weight; entries of 4 bytes for the bfloat16 one.
-  int64_t (*packed_size)(int64_t size);
+  int64_t (*padded)(int64_t size);  // outputs in the packed weight
   int64_t (*panels)(int64_t size);
   void (*pack)(const SolveTask<T>& task, int64_t first_panel, int64_t last_panel);
   int64_t (*scratch_bytes)(const SolveTask<T>& task);

@@ -1,5 +1,5 @@
-// The engine for AVX-512 (F, BW, DQ, VL), with AVX-512 BF16 for the precision ramp; whether the
-// machine has the latter is asked at run time.
+// The engine for AVX-512 (F, BW, DQ, VL), with BF16 and VNNI for the precision ramp; whether the
+// machine has these two is asked at run time.
 
 #include <immintrin.h>
 
@@ -11,11 +11,14 @@
 #include "activation_names.h"
 #include "solve_task.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+// GCC 12 warns of the deliberately undefined vectors in its own header.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,prefer-vector-width=512")
 
 #define FASTDEQ_TARGET avx512
 #define FASTDEQ_VECTOR_BYTES 64
-#define FASTDEQ_BFLOAT16
+#define FASTDEQ_RAMP
 #include "worker.h"
 
 namespace fastdeq {

@@ -17,7 +17,7 @@ class Worker {
   Worker(const SolveTask<T>& task, std::byte* scratch)
       : task_(task),
         exact_epilogue_(epilogue_for<T, false>(task)),
-        low_epilogue_(task.ramp ? epilogue_for<T, true>(task) : nullptr) {
+        narrow_epilogue_(task.ramp ? epilogue_for<T, true>(task) : nullptr) {
     lines_ = reinterpret_cast<Line<T>*>(scratch);
     scratch += align(task.lines * int64_t(sizeof(Line<T>)));
     order_ = reinterpret_cast<int32_t*>(scratch);
@@ -37,13 +37,11 @@ class Worker {
       while (active_ < task_.lines && load_next()) {
       }
       if (active_ == 0) return;
-      // One kind of evaluation at a time, the one that more lines wait for.
-      const int64_t low = partition_low();
-      const bool run_low = 2 * low >= active_;
-      const int64_t first = run_low ? 0 : low, last = run_low ? low : active_;
-      multiply(first, last, run_low);
-      for (int64_t i = last - 1; i >= first; --i) {
-        if (advance(line(i), run_low)) remove(i);
+      const Kind kind = most_wanted();
+      const int64_t count = partition(kind);
+      multiply(count, kind);
+      for (int64_t i = count - 1; i >= 0; --i) {
+        if (advance(line(i), kind)) remove(i);
       }
     }
   }
@@ -58,15 +56,25 @@ class Worker {
     order_[active_] = freed;
   }
 
-  int64_t partition_low() {
-    int64_t low = 0;
+  // Products are made for one kind of evaluation at a time, the one that most lines wait for.
+  Kind most_wanted() {
+    int64_t counts[3] = {};
+    for (int64_t i = 0; i < active_; ++i) ++counts[int(line(i).next)];
+    int best = 0;
+    for (int kind = 1; kind < 3; ++kind) best = counts[kind] > counts[best] ? kind : best;
+    return Kind(best);
+  }
+
+  // Brings the lines that wait for `kind` to the front.
+  int64_t partition(Kind kind) {
+    int64_t count = 0;
     for (int64_t i = 0; i < active_; ++i) {
-      if (!line(i).low) continue;
+      if (line(i).next != kind) continue;
       const int32_t moved = order_[i];
-      order_[i] = order_[low];
-      order_[low++] = moved;
+      order_[i] = order_[count];
+      order_[count++] = moved;
     }
-    return low;
+    return count;
   }
 
   // Puts the next sample that is not done at once into the first free line; false if none is left.
@@ -85,7 +93,7 @@ class Worker {
   // False when the sample is done already.
   bool start(Line<T>& fresh, int64_t sample) {
     fresh.sample = sample;
-    fresh.length = 1;
+    fresh.row_norm = fresh.largest = 1;
     fresh.norm = fresh.previous_norm = __builtin_inf();
     fresh.best_residual = T(__builtin_inf());
     fresh.iterations = fresh.idle = 0;
@@ -94,8 +102,10 @@ class Worker {
     fresh.plain = task_.window == 0 || task_.accelerate_above > 0;
     fresh.accelerated = false;
     for (int i = 0; i < kCounters; ++i) fresh.rejects[i] = 0;
-    fresh.low = fresh.anchored = false;
-    fresh.may_be_low = task_.ramp;
+    fresh.next = Kind::kExact;
+    fresh.narrowest = task_.ramp ? Kind::kBytes : Kind::kExact;
+    fresh.change_scale = 1;
+    fresh.since_anchor = 0;
 
     const int64_t size = task_.size, offset = sample * size;
     const T* injection = task_.injection + offset;
@@ -133,7 +143,7 @@ class Worker {
     for (int64_t j = 0; j < size; j += kPanel<T>) {
       exact_epilogue_(task_, fresh, zeros, j, size < j + kPanel<T> ? size : j + kPanel<T>);
     }
-    return !advance(fresh, false);
+    return !advance(fresh, Kind::kExact);
   }
 
   // A linear solve is homogeneous, its stop test is not. False when the row is not finite.
@@ -158,17 +168,18 @@ class Worker {
     }
     const double norm = __builtin_sqrt(square);
     for (int64_t j = 0; j < task_.size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
-    fresh.length = double(largest) * norm;
+    fresh.row_norm = T(norm);
+    fresh.largest = largest;
     return true;
   }
 
-  // One evaluation of the lines first <= i < last.
-  void multiply(int64_t first, int64_t last, bool low) {
-    Evaluation evaluation{this, first, last - first, low};
-    for (int64_t i = 0; i < evaluation.count; ++i) {
-      Line<T>& l = line(first + i);
-      rows_[i] = low ? static_cast<const void*>(l.delta) : l.point;
+  // One evaluation of the first `count` lines.
+  void multiply(int64_t count, Kind kind) {
+    for (int64_t i = 0; i < count; ++i) {
+      Line<T>& l = line(i);
+      rows_[i] = kind == Kind::kExact ? static_cast<const void*>(l.point) : l.change;
     }
+    Evaluation evaluation{this, count, kind};
     const int64_t all = panels<T>(task_.size);
     if (task_.parallel_for != nullptr) {
       task_.parallel_for(all, &evaluation, &multiply_panels);
@@ -179,64 +190,72 @@ class Worker {
 
   struct Evaluation {
     Worker* worker;
-    int64_t first, count;
-    bool low;
+    int64_t count;
+    Kind kind;
   };
 
   static void multiply_panels(void* context, int64_t first_panel, int64_t last_panel) {
     const Evaluation& e = *static_cast<const Evaluation*>(context);
     Worker& w = *e.worker;
     const int64_t size = w.task_.size;
-    const Epilogue<T> epilogue = e.low ? w.low_epilogue_ : w.exact_epilogue_;
+    const Epilogue<T> epilogue =
+        e.kind == Kind::kExact ? w.exact_epilogue_ : w.narrow_epilogue_;
     alignas(64) T product[kRows * kPanel<T>];
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t j = panel * kPanel<T>;
-      const int vectors = vectors_at<T>(j, size);
       const int64_t end = size < j + kPanel<T> ? size : j + kPanel<T>;
       for (int64_t i = 0; i < e.count; i += kRows) {
         const int rows = int(e.count - i < kRows ? e.count - i : kRows);
-        if (e.low) {
-          w.multiply_low(rows, vectors, i, j, product);
-        } else {
-          tile_for<T>(rows, vectors)(reinterpret_cast<const T* const*>(w.rows_ + i),
-                                     w.task_.packed + j * size, size, product);
-        }
+        w.multiply_tile_of(e.kind, w.rows_ + i, rows, j, product);
         for (int r = 0; r < rows; ++r) {
-          epilogue(w.task_, w.line(e.first + i + r), product + r * kPanel<T>, j, end);
+          epilogue(w.task_, w.line(i + r), product + r * kPanel<T>, j, end);
         }
       }
     }
   }
 
-  void multiply_low(int rows, int vectors, int64_t i, int64_t j, T* product) {
-#if defined(FASTDEQ_BFLOAT16)
+  void multiply_tile_of(Kind kind, const void* const* rows, int count, int64_t j, T* product) {
+    const int64_t size = task_.size;
+    const int vectors = vectors_at<T>(j, size);
+    if (kind == Kind::kExact) {
+      tile_for<T>(count, vectors)(reinterpret_cast<const T* const*>(rows), task_.packed + j * size,
+                                  size, product);
+      return;
+    }
+#if defined(FASTDEQ_RAMP)
     if constexpr (sizeof(T) == 4) {
-      const int64_t pairs = (task_.size + 1) / 2;
-      tile_low_for(rows, vectors)(reinterpret_cast<const uint32_t* const*>(rows_ + i),
-                                  static_cast<const uint32_t*>(task_.packed_low) + j * pairs,
-                                  task_.size, product);
+      const bool bytes = kind == Kind::kBytes;
+      const NarrowTile tile =
+          bytes ? narrow_tile_for<true>(count, vectors) : narrow_tile_for<false>(count, vectors);
+      const uint32_t* panel = bytes ? task_.packed_bytes + j * ((size + 3) / 4)
+                                    : task_.packed_bfloat16 + j * ((size + 1) / 2);
+      tile(reinterpret_cast<const uint32_t* const*>(rows), panel, size, task_.byte_scale + j,
+           task_.byte_offset + j, product);
     }
 #endif
   }
 
   // Judges the evaluation just made and takes a step. True when the line is done.
-  bool advance(Line<T>& l, bool low) {
-    if (task_.ramp) swap(l.delta, l.next_delta);
-    l.previous_norm = l.norm;
+  bool advance(Line<T>& l, Kind kind) {
     double square_difference = 0, square_value = 0;
     for (int64_t panel = 0; panel < panels<T>(task_.size); ++panel) {
       square_difference += l.sums[2 * panel];
       square_value += l.sums[2 * panel + 1];
     }
+    l.previous_norm = l.norm;
     l.norm = __builtin_sqrt(square_difference);
-    const T relative = T(l.norm / (__builtin_sqrt(square_value) + task_.residual_eps));
+    // Next to infinity every residual would be small.
+    const T relative = __builtin_isfinite(square_value)
+                           ? T(l.norm / (__builtin_sqrt(square_value) + task_.residual_eps))
+                           : T(__builtin_nan(""));
     const T* at = l.point;
-    if (!low) {
+    const bool exact = kind == Kind::kExact, in_place = !exact && l.plain;
+    if (exact) {
       if (relative < l.best_residual) {  // false for NaN
         l.best_residual = relative;
         l.idle = 0;
         swap(l.best, l.point);  // at is the best now, and the next point goes elsewhere
-        if (task_.ramp) {       // bfloat16 evaluations go on from this pre-activation
+        if (task_.ramp) {       // narrow evaluations go on from this pre-activation
           copy(l.pre, l.best_pre);
         } else {
           swap(l.best_pre, l.pre);
@@ -247,32 +266,42 @@ class Worker {
       if (double(l.best_residual) <= task_.tol) return finish(l, Status::kConverged);
       if (l.iterations == task_.max_iter) return finish(l, Status::kMaxIter);
       if (task_.ramp) anchor(task_, l, double(relative));
-    }
-    if (low) {
-      step_low(l, double(relative));
-    } else if (!step(l, at)) {
-      return finish(l, Status::kNonfinite);
+      if (!step(l, at)) return finish(l, Status::kNonfinite);
+    } else {
+      ++l.since_anchor;
+      step_narrow(l, double(relative));
     }
     if (l.iterations >= task_.patience && l.idle >= task_.patience) {
       return finish(l, Status::kStagnated);
     }
-    l.low = task_.ramp && next_is_low(task_, l, double(relative));
+    if (task_.ramp) {
+      l.next = next_kind(task_, l, double(relative));
+      if (l.next != Kind::kExact) round_next(l, in_place ? l.value : l.point, in_place ? nullptr : at);
+    }
     ++l.iterations;
     return false;
   }
 
-  // The step after a bfloat16 evaluation; without acceleration the next point is in place already.
-  void step_low(Line<T>& l, double relative) {
+  void round_next(Line<T>& l, const T* a, const T* b) {
+#if defined(FASTDEQ_RAMP)
+    if constexpr (sizeof(T) == 4) round_change(l, l.next, a, b, task_.size);
+#endif
+  }
+
+  // The step after a narrow evaluation; without acceleration the next point is in place already.
+  void step_narrow(Line<T>& l, double relative) {
     if (!__builtin_isfinite(l.norm) && !l.accelerated) {
-      // Perhaps bfloat16 is to blame: back to the best point, in full precision.
-      l.may_be_low = false;
+      // Perhaps its rounding is to blame: back to the best point, in full precision.
+      l.narrowest = Kind::kExact;
       l.count = 0;
       copy(l.best, l.point);
     } else if (!l.plain) {
       anderson_step(task_, l, l.point, small_);
+      swap(l.point, l.value);
     } else if (relative > 5 * l.goal && slow(l)) {
       // Nearer to the goal its rounding hides how fast the residual falls.
       l.plain = false;
+      l.goal = __builtin_inf();  // an anchor before the first step with a history
     }
   }
 
@@ -280,27 +309,30 @@ class Worker {
     return task_.window > 0 && !(l.norm <= task_.accelerate_above * l.previous_norm);
   }
 
-  // Writes the next point. False when there is none, because the value is not finite.
+  // The line was evaluated at `at`, which stays. False when its value is not finite.
   bool step(Line<T>& l, const T* at) {
-    if (l.plain && !l.may_be_low && slow(l)) l.plain = false;
-    if (!l.plain) return anderson_step(task_, l, at, small_);
-    if (!__builtin_isfinite(l.norm)) return false;
-    if (task_.damping == 1) {
-      swap(l.point, l.value);
-      return true;
+    if (l.plain && l.narrowest == Kind::kExact && slow(l)) l.plain = false;
+    if (!l.plain) {
+      if (!anderson_step(task_, l, at, small_)) return false;
+    } else if (!__builtin_isfinite(l.norm)) {
+      return false;
+    } else if (task_.damping != 1) {
+      const Vec<T> damping = splat<T>(T(task_.damping));
+      for (int64_t j = 0; j < task_.size; j += kLanes<T>) {
+        const Vec<T> z = load(at + j);
+        store(l.value + j, z + damping * (load(l.value + j) - z));
+      }
     }
-    const Vec<T> damping = splat<T>(T(task_.damping));
-    for (int64_t j = 0; j < task_.size; j += kLanes<T>) {
-      const Vec<T> z = load(at + j);
-      store(l.point + j, z + damping * (load(l.value + j) - z));
-    }
+    swap(l.point, l.value);
     return true;
   }
 
   bool finish(const Line<T>& l, Status status) {
     const int64_t size = task_.size, offset = l.sample * size;
-    const T length = T(l.length);
-    for (int64_t j = 0; j < size; ++j) task_.value[offset + j] = l.best[j] * length;
+    // A step at a time, as the product of the two may overflow.
+    for (int64_t j = 0; j < size; ++j) {
+      task_.value[offset + j] = l.best[j] * l.row_norm * l.largest;
+    }
     if (task_.value_slope != nullptr && status == Status::kNonfinite) {
       for (int64_t j = 0; j < size; ++j) task_.value_slope[offset + j] = 0;
     } else if (task_.value_slope != nullptr) {
@@ -327,7 +359,7 @@ class Worker {
   }
 
   const SolveTask<T>& task_;
-  const Epilogue<T> exact_epilogue_, low_epilogue_;
+  const Epilogue<T> exact_epilogue_, narrow_epilogue_;
   Line<T>* lines_;
   int32_t* order_;  // the lines, those in use first
   int64_t active_ = 0;
@@ -342,7 +374,7 @@ void work(const SolveTask<T>& task, int64_t worker) {
 
 template <typename T>
 constexpr EngineFor<T> engine_for() {
-  return {&packed_size<T>, &panels<T>, &pack<T>, &scratch_bytes<T>, &work<T>, &activate<T>};
+  return {&round_up<T>, &panels<T>, &pack<T>, &scratch_bytes<T>, &work<T>, &activate<T>};
 }
 
 }  // namespace FASTDEQ_TARGET

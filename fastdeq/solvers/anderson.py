@@ -133,8 +133,9 @@ class Anderson(CheckedOptions):
         state.trusted_norm = torch.where(back, state.trusted_norm, norm)
 
         state.safeguard += back & running
-        state.weight_cap += rejected & ~back & running
-        state.rank_cut += (dropped > 0) & ~back & running
+        mixes = running & finite & ~back
+        state.weight_cap += rejected & mixes
+        state.rank_cut += (dropped > 0) & mixes
         state.accelerated = ~back & ~rejected & (state.count > 0)
         # The history restarts after a step taken back; its newest entry is not counted either.
         forget = back | state.plain
