@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import driver, ops, reference
 from .activations import ACTIVATIONS
+from .choices import check_choice
 from .solution import Solution
 from .solvers import SOLVERS, Solver
 
@@ -27,6 +28,11 @@ def encode(solver: Solver) -> tuple[str, list[float]]:
     """A registered solver as an operator's arguments: its name and its options in order."""
     fields = dataclasses.fields(solver)  # type: ignore[arg-type]
     return solver.name, [float(getattr(solver, f.name)) for f in fields]
+
+
+def _solver(name: str, options: Sequence[float]) -> Solver:
+    check_choice(name, SOLVERS, "solver")
+    return SOLVERS[name](*options)
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -87,7 +93,7 @@ def solve_affine(
         solution = driver.solve(
             lambda z: reference.affine_step(w, c, z, activation),
             torch.zeros_like(c) if start is None else start.to(dtype),
-            SOLVERS[solver](*solver_options),
+            _solver(solver, solver_options),
             tol=tol,
             max_iter=max_iter,
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,
@@ -128,7 +134,7 @@ def solve_affine_adjoint(
         solution = driver.solve(
             lambda q: reference.affine_adjoint_step(w, d, g, q),
             torch.zeros_like(g),
-            SOLVERS[solver](*solver_options),
+            _solver(solver, solver_options),
             tol=tol,
             max_iter=max_iter,
             anderson_mix=anderson_mix or torch.ops.fastdeq.anderson_mix,

@@ -33,9 +33,9 @@ class DEQLayer(nn.Module):
         max_iter: most updates of a sample; one further evaluation verifies the last of them.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
         precision: of the products inside the solve of a float32 :class:`AffineCell`. "auto": early
-            iterations in bfloat16 where the processor has such products and they are faster;
-            "float32": none; "mixed": wherever the processor can, or an error. Every reported
-            residual, and every iterate returned, is verified by a float32 product.
+            iterations with 8-bit and bfloat16 products where the processor has them and they are
+            faster; "float32": none; "mixed": at any size, or an error. Every reported residual,
+            and every iterate returned, is verified by a float32 product.
         backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one form of the
             fused operations.
         on_failure: when samples do not converge: "warn" (once per layer for each direction),

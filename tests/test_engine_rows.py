@@ -90,13 +90,13 @@ def test_the_number_of_threads_does_not_matter(solver, kind, threads):
     ids=str,
 )
 def test_the_number_of_threads_does_not_matter_where_they_share_panels(batch, size, kind, threads):
-    for solver in (SOLVERS[0], SOLVERS[3]):
-        call = call_for(solver, kind)
-        for case in problems(kind, size, batch):
-            threads(1)
-            alone = case.engine(call)
-            threads(2)
-            assert_same(case.engine(call), alone)
+    # Few updates: where the processors are busy, every meeting of the threads may take long.
+    call = call_for(SOLVERS[3], kind, max_iter=8)
+    for case in problems(kind, size, batch):
+        threads(1)
+        alone = case.engine(call)
+        threads(2)
+        assert_same(case.engine(call), alone)
 
 
 def test_solves_at_the_same_time_do_not_meet():

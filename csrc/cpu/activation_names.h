@@ -1,5 +1,5 @@
-// The activations by name, in the order of the table in fastdeq/activations.py: the macro expands to
-// F("identity", Identity) F("relu", Relu) ... for dispatchers.
+// The activations by name, in the order of the table in fastdeq/activations.py: the macro expands
+// to F("identity", Identity) F("relu", Relu) ... for dispatchers.
 
 #pragma once
 

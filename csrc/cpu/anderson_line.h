@@ -4,8 +4,8 @@
 //   gamma       from solve_small on the Gram matrix of the g
 //   next point  f_k - sum gamma_i (f_k - f_i) - (1 - damping) (g_k - sum gamma_i (g_k - g_i))
 //
-// Per step with c differences in use: c + 2 rows of g read for a row of the Gram matrix (in float64,
-// where its differences cancel), c + 1 rows of f for the mixing, 2 written.
+// Per step with c differences in use: c + 2 rows of g read for a row of the Gram matrix (in
+// float64, where its differences cancel), c + 1 rows of f for the mixing, 2 written.
 
 #pragma once
 
@@ -110,8 +110,8 @@ bool anderson_step(const SolveTask<T>& task, Line<T>& line, const T* at, double*
     remember(task, line, at);
     extend_gram(task, line);
     double* gamma = small + slots * slots;
-    const AndersonOutcome outcome = solve_small(line.gram, slots, 1, slots, line.slot, line.count,
-                                                task.anderson, small, gamma);
+    const AndersonOutcome outcome =
+        solve_small(line.gram, slots, 1, slots, line.slot, line.count, task.anderson, small, gamma);
     mix(task, line, gamma, line.value);
     line.trusted_norm = line.norm;
     line.rejects[1] += outcome.rejected;

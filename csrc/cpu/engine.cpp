@@ -34,8 +34,8 @@ const Engine& engine() {
 
 bool has_ramp() {
 #if defined(FASTDEQ_HAS_AVX512)
-  static const bool has = &engine() == &engine_avx512() &&
-                          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  static const bool has = &engine() == &engine_avx512() && __builtin_cpu_supports("avx512bf16") &&
+                          __builtin_cpu_supports("avx512vnni");
   return has;
 #else
   return false;

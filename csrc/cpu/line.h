@@ -1,7 +1,7 @@
 // A line: the place of one sample while it is being solved, and its buffers.
 //
-// Buffers are padded to whole vectors, with zeros in the padding, plus 64 bytes: rows whose distance
-// is a power of two would compete for the same few places in the cache.
+// Buffers are padded to whole vectors, with zeros in the padding, plus 64 bytes: rows whose
+// distance is a power of two would compete for the same few places in the cache.
 
 #pragma once
 
@@ -22,15 +22,15 @@ struct Line {
   T* best;  // the best verified iterate, and its pre-activation
   T* best_pre;
   T* injection;
-  T* slope;         // adjoint only
+  T* slope;           // adjoint only
   std::byte* change;  // ramp only: the next point minus this one, in bytes or bfloat16
-  T* f_history;     // Anderson only: (window + 1, stride) each
+  T* f_history;       // Anderson only: (window + 1, stride) each
   T* g_history;
   double* gram;  // (window + 1, window + 1)
 
   int64_t sample;
-  T row_norm, largest;  // what the result is multiplied by
-  double* sums;   // (panels, 2): |f(point) - point|^2 and |f(point)|^2 of each
+  T row_norm, largest;         // what the result is multiplied by
+  double* sums;                // (panels, 2): |f(point) - point|^2 and |f(point)|^2 of each
   double norm, previous_norm;  // |f(point) - point|, now and one evaluation before
   T best_residual;
   int32_t iterations;
@@ -86,7 +86,7 @@ template <typename T>
 int64_t scratch_bytes(const SolveTask<T>& task) {
   const int64_t tables = align(task.lines * int64_t(sizeof(Line<T>))) +
                          align(task.lines * int64_t(sizeof(int32_t))) +
-                         align(task.lines * int64_t(sizeof(void*)));
+                         2 * align(task.lines * int64_t(sizeof(void*)));
   return tables + small_bytes(task) + task.lines * line_bytes(task);
 }
 

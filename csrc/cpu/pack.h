@@ -12,9 +12,9 @@ namespace FASTDEQ_TARGET {
 
 // Pairs (k, k + 1) of a packed panel of `width` outputs, rounded to bfloat16.
 inline void pack_bfloat16(const float* panel, int64_t width, int64_t size, uint32_t* out) {
-  const __m512i interleave = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-      23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int64_t k = 0; k < size; k += 2) {
     for (int64_t j = 0; j < width; j += 16) {
       const __m512 even = _mm512_loadu_ps(panel + k * width + j);

@@ -110,7 +110,8 @@ void multiply_tile_bfloat16(const uint32_t* const* rows, const uint32_t* panel, 
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         float* at = out + r * kPanel<float> + v * 16;
-        _mm512_storeu_ps(at, begin == 0 ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(at), sum[r][v]));
+        _mm512_storeu_ps(at,
+                         begin == 0 ? sum[r][v] : _mm512_add_ps(_mm512_loadu_ps(at), sum[r][v]));
       }
     }
   }

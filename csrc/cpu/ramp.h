@@ -1,7 +1,7 @@
 // The precision ramp: which evaluations of a line are made with narrow products.
 //
-// A narrow evaluation adds W (point - previous point) to the pre-activation, both factors rounded to
-// bytes or to bfloat16. The rounding error is relative to the change, so it shrinks with the
+// A narrow evaluation adds W (point - previous point) to the pre-activation, both factors rounded
+// to bytes or to bfloat16. The rounding error is relative to the change, so it shrinks with the
 // iteration: next to a last evaluation in full precision, the anchor, at residual r, residuals are
 // off by about 1.4e-2 r with bytes and 2e-3 r with bfloat16, on normally distributed numbers. After
 // a drop to where that is felt the next evaluation is made in full precision. Only those are
@@ -9,8 +9,8 @@
 // narrow product in it.
 //
 // Lines without acceleration take bytes, accelerated ones, whose history compares evaluations,
-// bfloat16. A line for which bytes prove too coarse (outliers in a row of W, or in the change, spoil
-// the common scale) goes on in bfloat16, one that gets nowhere in full precision.
+// bfloat16. A line for which bytes prove too coarse (outliers in a row of W, or in the change,
+// spoil the common scale) goes on in bfloat16, one that gets nowhere in full precision.
 
 #pragma once
 
@@ -39,9 +39,9 @@ void anchor(const SolveTask<T>& task, Line<T>& line, double relative) {
   }
   line.anchor = relative;
   line.since_anchor = 0;
-  const double largest = !line.plain                             ? kDropAccelerated
+  const double largest = !line.plain                         ? kDropAccelerated
                          : narrow_kind(line) == Kind::kBytes ? kDropBytes
-                                                                 : kDropBfloat16;
+                                                             : kDropBfloat16;
   const double target = 0.97 * task.tol;
   double drop = largest;
   if (target > 0 && relative > target) {

@@ -2,7 +2,8 @@
 //
 // A worker is a thread that takes samples from a common queue and iterates them to their end;
 // between the packing of W and the last sample no thread waits for another. Only where there are
-// fewer samples than threads do these share each product. Memory is taken before the loop. Specification: fastdeq/affine.py, whose form serves what the engine does not.
+// fewer samples than threads do these share each product. Memory is taken before the loop.
+// Specification: fastdeq/affine.py, whose form serves what the engine does not.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,8 +18,8 @@
 #include <string>
 #include <tuple>
 
-#include "activation_names.h"
 #include "engine.h"
+#include "solve_arguments.h"
 
 namespace fastdeq {
 namespace {
@@ -45,56 +46,6 @@ constexpr int64_t kRampSize = 48;
 
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Adjoint = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-int known_activation(c10::string_view name) {
-  const int index = activation_index(name);
-  TORCH_CHECK(index >= 0, "unknown activation '", name, "'");
-  return index;
-}
-
-struct Method {
-  bool served = false;
-  double damping = 1;
-  int64_t window = 0;
-  double safeguard = 0, accelerate_above = 0;
-  AndersonOptions anderson{};
-};
-
-// The order of the options is that of the fields of the solver's dataclass.
-Method read_method(c10::string_view solver, at::ArrayRef<double> options, int64_t max_iter) {
-  TORCH_CHECK(max_iter >= 1, "max_iter must be >= 1, got ", max_iter);
-  Method m;
-  if (solver == "picard" || solver == "neumann") {
-    TORCH_CHECK(options.size() == 1, "solver '", solver, "' takes 1 option, got ", options.size());
-    m.served = true;
-    m.damping = options[0];
-  } else if (solver == "anderson") {
-    TORCH_CHECK(options.size() == 7, "solver '", solver, "' takes 7 options, got ", options.size());
-    m.served = true;
-    m.window = std::min<int64_t>(int64_t(options[0]), max_iter);  // more are never used
-    m.damping = options[1];
-    m.anderson = {options[1], options[2], options[3], options[4]};
-    m.safeguard = options[5];
-    m.accelerate_above = options[6];
-    TORCH_CHECK(m.window >= 1, "the window of Anderson acceleration must be >= 1, got ", m.window);
-  }
-  return m;
-}
-
-void check_solve(const at::Tensor& weight, const at::Tensor& rows, const at::Tensor& other,
-                 const char* name, const char* other_name) {
-  TORCH_CHECK(rows.dim() == 2, name, " must be (B, d), got ", rows.sizes());
-  TORCH_CHECK(weight.sizes() == at::IntArrayRef({rows.size(1), rows.size(1)}),
-              "weight must be (d, d) = (", rows.size(1), ", ", rows.size(1), "), got ",
-              weight.sizes());
-  TORCH_CHECK(!other.defined() || other.sizes() == rows.sizes(), other_name, " must be like ",
-              name, ", ", rows.sizes(), ", got ", other.sizes());
-  for (const at::Tensor& t : {weight, rows, other}) {
-    if (!t.defined()) continue;
-    TORCH_CHECK(t.is_floating_point(), "floating-point tensors are needed, got ", t.scalar_type());
-    TORCH_CHECK(t.device().is_cpu(), "all tensors must be on the CPU, got one on ", t.device());
-  }
-}
 
 template <typename T>
 const EngineFor<T>& engine_for() {
@@ -156,9 +107,9 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
       double(task.size) * double(task.size) * double(task.batch) * kAssumedIterations;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const bool shared = task.batch < threads && task.size * task.size * task.batch >= kSharedProduct;
-  const int64_t workers =
-      shared ? 1
-             : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1, std::min(threads, task.batch));
+  const int64_t workers = shared ? 1
+                                 : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
+                                                       std::min(threads, task.batch));
   task.parallel_for = shared ? &parallel_for : nullptr;
   const int64_t each = (task.batch + workers - 1) / workers;
   task.lines = 1;
@@ -195,23 +146,6 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   });
 }
 
-at::Tensor prepare(const at::Tensor& t, at::ScalarType dtype) {
-  return t.to(dtype).contiguous();
-}
-
-// One of the strides must be 1.
-at::Tensor prepare_weight(const at::Tensor& weight, at::ScalarType dtype) {
-  const at::Tensor w = weight.to(dtype);
-  return w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous();
-}
-
-at::ScalarType working_dtype(std::initializer_list<at::Tensor> tensors) {
-  for (const at::Tensor& t : tensors) {
-    if (t.defined() && t.scalar_type() == at::kDouble) return at::kDouble;
-  }
-  return at::kFloat;
-}
-
 Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
                      const std::optional<at::Tensor>& start, c10::string_view activation,
                      c10::string_view solver, at::ArrayRef<double> solver_options, double tol,
@@ -241,8 +175,12 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
     task.value_slope = slope ? value_slope.mutable_data_ptr<scalar_t>() : nullptr;
     run(task, method, w, true, std::string(precision), out);
   });
-  return {out.value.to(injection.scalar_type()), out.status, out.iterations, out.residual,
-          out.rejects, value_slope};
+  return {out.value.to(injection.scalar_type()),
+          out.status,
+          out.iterations,
+          out.residual,
+          out.rejects,
+          value_slope};
 }
 
 Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
@@ -273,15 +211,15 @@ Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
 }
 
 // phi (derivative 0) or phi' (1) as the engine computes it.
-at::Tensor engine_activation(const at::Tensor& x, c10::string_view activation,
-                             int64_t derivative) {
-  TORCH_CHECK(x.device().is_cpu() && x.is_floating_point(), "a floating-point CPU tensor is needed");
+at::Tensor engine_activation(const at::Tensor& x, c10::string_view activation, int64_t derivative) {
+  TORCH_CHECK(x.device().is_cpu() && x.is_floating_point(),
+              "a floating-point CPU tensor is needed");
   const at::Tensor in = x.contiguous();
   at::Tensor out = at::empty_like(in);
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "engine_activation", [&] {
     engine_for<scalar_t>().activate(known_activation(activation), int(derivative),
-                                    in.const_data_ptr<scalar_t>(),
-                                    out.mutable_data_ptr<scalar_t>(), in.numel());
+                                    in.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>(),
+                                    in.numel());
   });
   return out;
 }

@@ -57,14 +57,14 @@ struct SolveTask {
   T* residual = nullptr;
   int32_t* rejects = nullptr;  // (batch, kCounters), Anderson only
 
-  int64_t lines = 0;    // samples that a worker holds at once
+  int64_t lines = 0;  // samples that a worker holds at once
   // W in the order in which the products read it; the narrow ones for the ramp.
   T* packed = nullptr;
   uint32_t* packed_bfloat16 = nullptr;
   uint32_t* packed_bytes = nullptr;
   float* byte_scale = nullptr;     // of each output
   int32_t* byte_offset = nullptr;  // of each output: 128 times the sum of its bytes
-  std::byte* scratch = nullptr;  // scratch_bytes for each worker
+  std::byte* scratch = nullptr;    // scratch_bytes for each worker
   std::atomic<int64_t>* next_sample = nullptr;
   ParallelFor parallel_for = nullptr;  // set where one worker's products are shared among threads
 };

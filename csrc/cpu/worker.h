@@ -5,6 +5,8 @@
 #pragma once
 
 #include "anderson_line.h"
+#include "evaluate.h"
+#include "load.h"
 #include "pack.h"
 #include "ramp.h"
 
@@ -24,6 +26,8 @@ class Worker {
     scratch += align(task.lines * int64_t(sizeof(int32_t)));
     rows_ = reinterpret_cast<const void**>(scratch);
     scratch += align(task.lines * int64_t(sizeof(void*)));
+    chosen_ = reinterpret_cast<Line<T>**>(scratch);
+    scratch += align(task.lines * int64_t(sizeof(void*)));
     small_ = reinterpret_cast<double*>(scratch);
     scratch += small_bytes(task);
     for (int64_t i = 0; i < task.lines; ++i) {
@@ -39,7 +43,7 @@ class Worker {
       if (active_ == 0) return;
       const Kind kind = most_wanted();
       const int64_t count = partition(kind);
-      multiply(count, kind);
+      evaluate(count, kind);
       for (int64_t i = count - 1; i >= 0; --i) {
         if (advance(line(i), kind)) remove(i);
       }
@@ -92,147 +96,37 @@ class Worker {
 
   // False when the sample is done already.
   bool start(Line<T>& fresh, int64_t sample) {
-    fresh.sample = sample;
-    fresh.row_norm = fresh.largest = 1;
-    fresh.norm = fresh.previous_norm = __builtin_inf();
-    fresh.best_residual = T(__builtin_inf());
-    fresh.iterations = fresh.idle = 0;
-    fresh.slot = fresh.count = 0;
-    fresh.trusted_norm = __builtin_inf();
-    fresh.plain = task_.window == 0 || task_.accelerate_above > 0;
-    fresh.accelerated = false;
-    for (int i = 0; i < kCounters; ++i) fresh.rejects[i] = 0;
-    fresh.next = Kind::kExact;
-    fresh.narrowest = task_.ramp ? Kind::kBytes : Kind::kExact;
-    fresh.change_scale = 1;
-    fresh.since_anchor = 0;
-
-    const int64_t size = task_.size, offset = sample * size;
-    const T* injection = task_.injection + offset;
-    bool zero = true, finite = true;
-    if (task_.start != nullptr) {
-      const T* from = task_.start + offset;
-      for (int64_t j = 0; j < size; ++j) {
-        zero &= from[j] == 0;
-        finite &= bool(__builtin_isfinite(from[j]));
-      }
-      zero |= !finite;
+    const bool at_zero = load_sample(task_, fresh, sample);
+    if (task_.slope != nullptr && !scale_to_unit(task_, fresh)) {
+      finish(fresh, Status::kNonfinite);
+      return false;
     }
-    for (int64_t j = 0; j < size; ++j) {
-      fresh.injection[j] = injection[j];
-      fresh.point[j] = fresh.best[j] = zero ? 0 : task_.start[offset + j];
-      fresh.best_pre[j] = 0;
-    }
-    if (task_.slope != nullptr) {
-      bool dead = true;
-      for (int64_t j = 0; j < size; ++j) {
-        fresh.slope[j] = task_.slope[offset + j];
-        dead &= fresh.slope[j] == 0;
-      }
-      if (dead) {  // zeros, even where the gradient is not finite
-        for (int64_t j = 0; j < size; ++j) fresh.injection[j] = 0;
-      }
-      if (!scale_to_unit(fresh)) {
-        finish(fresh, Status::kNonfinite);
-        return false;
-      }
-    }
-    if (!zero) return true;
+    if (!at_zero) return true;
     // The product of W with zeros is known.
     const T zeros[kPanel<T>] = {};
-    for (int64_t j = 0; j < size; j += kPanel<T>) {
-      exact_epilogue_(task_, fresh, zeros, j, size < j + kPanel<T> ? size : j + kPanel<T>);
+    for (int64_t j = 0; j < task_.size; j += kPanel<T>) {
+      exact_epilogue_(task_, fresh, zeros, j,
+                      task_.size < j + kPanel<T> ? task_.size : j + kPanel<T>);
     }
     return !advance(fresh, Kind::kExact);
   }
 
-  // A linear solve is homogeneous, its stop test is not. False when the row is not finite.
-  bool scale_to_unit(Line<T>& fresh) {
-    T largest = 0;
-    bool finite = true;
-    for (int64_t j = 0; j < task_.size; ++j) {
-      const T size = T(__builtin_fabs(fresh.injection[j]));
-      finite &= bool(__builtin_isfinite(size));
-      largest = size > largest ? size : largest;
-    }
-    if (!finite) {
-      for (int64_t j = 0; j < task_.size; ++j) fresh.best[j] = T(__builtin_nan(""));
-      return false;
-    }
-    if (largest == 0) return true;
-    // Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
-    double square = 0;
-    for (int64_t j = 0; j < task_.size; ++j) {
-      fresh.injection[j] /= largest;
-      square += double(fresh.injection[j]) * double(fresh.injection[j]);
-    }
-    const double norm = __builtin_sqrt(square);
-    for (int64_t j = 0; j < task_.size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
-    fresh.row_norm = T(norm);
-    fresh.largest = largest;
-    return true;
-  }
-
-  // One evaluation of the first `count` lines.
-  void multiply(int64_t count, Kind kind) {
+  // Evaluates the first `count` lines.
+  void evaluate(int64_t count, Kind kind) {
     for (int64_t i = 0; i < count; ++i) {
       Line<T>& l = line(i);
+      chosen_[i] = &l;
       rows_[i] = kind == Kind::kExact ? static_cast<const void*>(l.point) : l.change;
     }
-    Evaluation evaluation{this, count, kind};
+    Evaluation<T> evaluation{task_, chosen_,
+                             rows_, count,
+                             kind,  kind == Kind::kExact ? exact_epilogue_ : narrow_epilogue_};
     const int64_t all = panels<T>(task_.size);
     if (task_.parallel_for != nullptr) {
-      task_.parallel_for(all, &evaluation, &multiply_panels);
+      task_.parallel_for(all, &evaluation, &evaluate_panels<T>);
     } else {
-      multiply_panels(&evaluation, 0, all);
+      evaluate_panels<T>(&evaluation, 0, all);
     }
-  }
-
-  struct Evaluation {
-    Worker* worker;
-    int64_t count;
-    Kind kind;
-  };
-
-  static void multiply_panels(void* context, int64_t first_panel, int64_t last_panel) {
-    const Evaluation& e = *static_cast<const Evaluation*>(context);
-    Worker& w = *e.worker;
-    const int64_t size = w.task_.size;
-    const Epilogue<T> epilogue =
-        e.kind == Kind::kExact ? w.exact_epilogue_ : w.narrow_epilogue_;
-    alignas(64) T product[kRows * kPanel<T>];
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t j = panel * kPanel<T>;
-      const int64_t end = size < j + kPanel<T> ? size : j + kPanel<T>;
-      for (int64_t i = 0; i < e.count; i += kRows) {
-        const int rows = int(e.count - i < kRows ? e.count - i : kRows);
-        w.multiply_tile_of(e.kind, w.rows_ + i, rows, j, product);
-        for (int r = 0; r < rows; ++r) {
-          epilogue(w.task_, w.line(i + r), product + r * kPanel<T>, j, end);
-        }
-      }
-    }
-  }
-
-  void multiply_tile_of(Kind kind, const void* const* rows, int count, int64_t j, T* product) {
-    const int64_t size = task_.size;
-    const int vectors = vectors_at<T>(j, size);
-    if (kind == Kind::kExact) {
-      tile_for<T>(count, vectors)(reinterpret_cast<const T* const*>(rows), task_.packed + j * size,
-                                  size, product);
-      return;
-    }
-#if defined(FASTDEQ_RAMP)
-    if constexpr (sizeof(T) == 4) {
-      const bool bytes = kind == Kind::kBytes;
-      const NarrowTile tile =
-          bytes ? narrow_tile_for<true>(count, vectors) : narrow_tile_for<false>(count, vectors);
-      const uint32_t* panel = bytes ? task_.packed_bytes + j * ((size + 3) / 4)
-                                    : task_.packed_bfloat16 + j * ((size + 1) / 2);
-      tile(reinterpret_cast<const uint32_t* const*>(rows), panel, size, task_.byte_scale + j,
-           task_.byte_offset + j, product);
-    }
-#endif
   }
 
   // Judges the evaluation just made and takes a step. True when the line is done.
@@ -276,7 +170,8 @@ class Worker {
     }
     if (task_.ramp) {
       l.next = next_kind(task_, l, double(relative));
-      if (l.next != Kind::kExact) round_next(l, in_place ? l.value : l.point, in_place ? nullptr : at);
+      if (l.next != Kind::kExact)
+        round_next(l, in_place ? l.value : l.point, in_place ? nullptr : at);
     }
     ++l.iterations;
     return false;
@@ -363,7 +258,8 @@ class Worker {
   Line<T>* lines_;
   int32_t* order_;  // the lines, those in use first
   int64_t active_ = 0;
-  const void** rows_;
+  const void** rows_;  // what the next product multiplies, and the lines it is for
+  Line<T>** chosen_;
   double* small_;
 };
 

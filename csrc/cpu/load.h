@@ -1,0 +1,94 @@
+// Puts a sample into a line.
+
+#pragma once
+
+#include "line.h"
+
+namespace fastdeq {
+namespace FASTDEQ_TARGET {
+
+template <typename T>
+void reset(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
+  fresh.sample = sample;
+  fresh.row_norm = fresh.largest = 1;
+  fresh.norm = fresh.previous_norm = __builtin_inf();
+  fresh.best_residual = T(__builtin_inf());
+  fresh.iterations = fresh.idle = 0;
+  fresh.slot = fresh.count = 0;
+  fresh.trusted_norm = __builtin_inf();
+  fresh.plain = task.window == 0 || task.accelerate_above > 0;
+  fresh.accelerated = false;
+  for (int i = 0; i < kCounters; ++i) fresh.rejects[i] = 0;
+  fresh.next = Kind::kExact;
+  fresh.narrowest = task.ramp ? Kind::kBytes : Kind::kExact;
+  fresh.change_scale = 1;
+  fresh.since_anchor = 0;
+}
+
+// Whether the sample starts at zero: it is not given another start, or one that is not finite.
+template <typename T>
+bool starts_at_zero(const SolveTask<T>& task, int64_t sample) {
+  if (task.start == nullptr) return true;
+  const T* from = task.start + sample * task.size;
+  bool zero = true, finite = true;
+  for (int64_t j = 0; j < task.size; ++j) {
+    zero &= from[j] == 0;
+    finite &= bool(__builtin_isfinite(from[j]));
+  }
+  return zero || !finite;
+}
+
+// Returns whether it starts at zero.
+template <typename T>
+bool load_sample(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
+  reset(task, fresh, sample);
+  const int64_t size = task.size, offset = sample * size;
+  const bool zero = starts_at_zero(task, sample);
+  for (int64_t j = 0; j < size; ++j) {
+    fresh.injection[j] = task.injection[offset + j];
+    fresh.point[j] = fresh.best[j] = zero ? 0 : task.start[offset + j];
+    fresh.best_pre[j] = 0;
+  }
+  if (task.slope == nullptr) return zero;
+  bool dead = true;
+  for (int64_t j = 0; j < size; ++j) {
+    fresh.slope[j] = task.slope[offset + j];
+    dead &= fresh.slope[j] == 0;
+  }
+  if (dead) {  // zeros, even where the gradient is not finite
+    for (int64_t j = 0; j < size; ++j) fresh.injection[j] = 0;
+  }
+  return zero;
+}
+
+// Scales the injection to unit norm: a linear solve is homogeneous, its stop test is not. False
+// when the row is not finite; then the result is NaN.
+template <typename T>
+bool scale_to_unit(const SolveTask<T>& task, Line<T>& fresh) {
+  T largest = 0;
+  bool finite = true;
+  for (int64_t j = 0; j < task.size; ++j) {
+    const T size = T(__builtin_fabs(fresh.injection[j]));
+    finite &= bool(__builtin_isfinite(size));
+    largest = size > largest ? size : largest;
+  }
+  if (!finite) {
+    for (int64_t j = 0; j < task.size; ++j) fresh.best[j] = T(__builtin_nan(""));
+    return false;
+  }
+  if (largest == 0) return true;
+  // Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
+  double square = 0;
+  for (int64_t j = 0; j < task.size; ++j) {
+    fresh.injection[j] /= largest;
+    square += double(fresh.injection[j]) * double(fresh.injection[j]);
+  }
+  const double norm = __builtin_sqrt(square);
+  for (int64_t j = 0; j < task.size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
+  fresh.row_norm = T(norm);
+  fresh.largest = largest;
+  return true;
+}
+
+}  // namespace FASTDEQ_TARGET
+}  // namespace fastdeq

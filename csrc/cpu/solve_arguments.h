@@ -1,0 +1,83 @@
+// The arguments of the solves: what is asked of them, and in which form the engine takes them.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "activation_names.h"
+#include "solve_task.h"
+
+namespace fastdeq {
+
+inline int known_activation(c10::string_view name) {
+  const int index = activation_index(name);
+  TORCH_CHECK(index >= 0, "unknown activation '", name, "'");
+  return index;
+}
+
+struct Method {
+  bool served = false;
+  double damping = 1;
+  int64_t window = 0;
+  double safeguard = 0, accelerate_above = 0;
+  AndersonOptions anderson{};
+};
+
+// The order of the options is that of the fields of the solver's dataclass.
+inline Method read_method(c10::string_view solver, at::ArrayRef<double> options, int64_t max_iter) {
+  TORCH_CHECK(max_iter >= 1, "max_iter is ", max_iter, " and must be >= 1");
+  Method m;
+  if (solver == "picard" || solver == "neumann") {
+    TORCH_CHECK(options.size() == 1, "solver '", solver, "' takes 1 option, got ", options.size());
+    m.served = true;
+    m.damping = options[0];
+  } else if (solver == "anderson") {
+    TORCH_CHECK(options.size() == 7, "solver '", solver, "' takes 7 options, got ", options.size());
+    m.served = true;
+    m.window = std::min<int64_t>(int64_t(options[0]), max_iter);  // more are never used
+    m.damping = options[1];
+    m.anderson = {options[1], options[2], options[3], options[4]};
+    m.safeguard = options[5];
+    m.accelerate_above = options[6];
+    TORCH_CHECK(m.window >= 1, "the window of Anderson acceleration must be >= 1, got ", m.window);
+  }
+  return m;
+}
+
+inline void check_solve(const at::Tensor& weight, const at::Tensor& rows, const at::Tensor& other,
+                        const char* name, const char* other_name) {
+  TORCH_CHECK(rows.dim() == 2, name, " must be (B, d), got ", rows.sizes());
+  TORCH_CHECK(weight.sizes() == at::IntArrayRef({rows.size(1), rows.size(1)}),
+              "weight must be (d, d) = (", rows.size(1), ", ", rows.size(1), "), got ",
+              weight.sizes());
+  TORCH_CHECK(!other.defined() || other.sizes() == rows.sizes(), other_name, " must be like ", name,
+              ", ", rows.sizes(), ", got ", other.sizes());
+  for (const at::Tensor& t : {weight, rows, other}) {
+    if (!t.defined()) continue;
+    TORCH_CHECK(t.is_floating_point(), "floating-point tensors are needed, got ", t.scalar_type());
+    TORCH_CHECK(t.device().is_cpu(), "all tensors must be on the CPU, got one on ", t.device());
+  }
+}
+
+inline at::Tensor prepare(const at::Tensor& t, at::ScalarType dtype) {
+  return t.to(dtype).contiguous();
+}
+
+// One of the strides must be 1.
+inline at::Tensor prepare_weight(const at::Tensor& weight, at::ScalarType dtype) {
+  const at::Tensor w = weight.to(dtype);
+  return w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous();
+}
+
+inline at::ScalarType working_dtype(std::initializer_list<at::Tensor> tensors) {
+  for (const at::Tensor& t : tensors) {
+    if (t.defined() && t.scalar_type() == at::kDouble) return at::kDouble;
+  }
+  return at::kFloat;
+}
+
+}  // namespace fastdeq
