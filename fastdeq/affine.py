@@ -128,8 +128,9 @@ def solve_affine_adjoint(
     dtype = working_dtype(weight, slope, grad)
     w, d = weight.to(dtype), slope.to(dtype)
     grad = torch.where(d.any(1, keepdim=True), grad, 0.0)
-    unit = unit_rows(grad.to(dtype))
-    g = unit.rows
+    # Rows with |D g| = 1, so that the solution is about as large.
+    unit = unit_rows(d * grad.to(dtype))
+    g = grad.to(dtype) / unit.largest / unit.norm
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
             lambda q: reference.affine_adjoint_step(w, d, g, q),

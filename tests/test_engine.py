@@ -165,8 +165,7 @@ def test_overflow_ends_nonfinite_with_the_best_finite_iterate(solver):
     torch.testing.assert_close(actual.residual, expected.residual)
 
 
-# FAILS: |f|^2 overflows an iterate before |f - z|^2 does, and "finite / inf = 0" ends CONVERGED
-# with residual 0. In the plain PyTorch form too (fastdeq/driver.py), hence for every map.
+# |f|^2 overflows an iterate before |f - z|^2 does: "finite / inf = 0" would end such a solve.
 @pytest.mark.parametrize("form", ["engine", "reference"])
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 @pytest.mark.parametrize("scale", [2.5, 3.0, 4.0])
@@ -181,9 +180,8 @@ def test_a_solve_that_diverges_is_never_taken_for_one_that_converged(scale, prec
         assert outputs.value.isfinite().all()
 
 
-# FAILS: the plain PyTorch form counts the dropped columns of a step that it does not take, because
-# the value at its end is not finite (Anderson.step: not failed, as well as not back).
 def test_rejects_of_samples_that_end_nonfinite():
+    """The step that fails is none that was taken: its dropped columns do not count."""
     case = Forward(1e100 * torch.eye(3).double(), torch.ones(2, 3).double(), "identity")
     call = call_for(torch.float64, Anderson(max_weight=0.0))
     actual, expected = case.engine(call), case.reference(call)
@@ -193,7 +191,6 @@ def test_rejects_of_samples_that_end_nonfinite():
     assert torch.equal(actual.rejects, expected.rejects)
 
 
-# FAILS: the length of the row overflows, and all of it becomes infinite. In both forms.
 @pytest.mark.parametrize("form", ["engine", "reference"])
 def test_a_gradient_whose_norm_overflows_stays_finite(form):
     grad = torch.full((1, 100), 1e38)

@@ -87,6 +87,38 @@ def test_activations(activation):
         check_distance(case, case.engine(call), case.reference(call))
 
 
+def spoilt(kind, size):
+    """A weight for which a common scale of a row, or one of a change, is too coarse."""
+    weight = torch.randn(size, size)
+    if kind == "outlier":
+        weight[0, 1] = 20 * size**0.5
+    elif kind == "rows":
+        weight *= 10 ** (-6 * torch.rand(size, 1))
+    elif kind == "columns":
+        weight *= 10 ** (-6 * torch.rand(1, size))
+    elif kind == "rank one":
+        weight = weight[:1].t() @ weight[1:2]
+    elif kind == "zeros":
+        weight[::3] = 0
+        weight[:, ::7] = 0
+    return weight * (0.9 / torch.linalg.matrix_norm(weight, 2))
+
+
+@pytest.mark.parametrize("kind", ["outlier", "rows", "columns", "rank one", "zeros"])
+def test_weights_and_changes_that_round_badly(kind):
+    weight, c = spoilt(kind, 96), torch.randn(12, 96)
+    c[::2, 5] *= 1000
+    for case in (Forward(weight, c), Forward(weight, c, "identity")):
+        for solver in (Picard(), Anderson(accelerate_above=0.7)):
+            call = Call(solver, 1e-4, 200, "mixed")
+            outputs = case.engine(call)
+            check_truth(case, call, outputs)
+            assert (outputs.status == Status.CONVERGED).all()
+            full = case.engine(dataclasses.replace(call, precision="float32"))
+            more = (outputs.iterations - full.iterations).double().mean()
+            assert more <= 3
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "relu", "softplus"])
 def test_solves_that_do_not_contract_are_reported_truly_too(solver, activation):

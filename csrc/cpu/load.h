@@ -61,30 +61,32 @@ bool load_sample(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
   return zero;
 }
 
-// Scales the injection to unit norm: a linear solve is homogeneous, its stop test is not. False
-// when the row is not finite; then the result is NaN.
+// Scales the injection g so that |D g| = 1: a linear solve is homogeneous, its stop test is not.
+// False when the row is not finite; then the result is NaN.
 template <typename T>
 bool scale_to_unit(const SolveTask<T>& task, Line<T>& fresh) {
+  const int64_t size = task.size;
   T largest = 0;
   bool finite = true;
-  for (int64_t j = 0; j < task.size; ++j) {
-    const T size = T(__builtin_fabs(fresh.injection[j]));
-    finite &= bool(__builtin_isfinite(size));
-    largest = size > largest ? size : largest;
+  for (int64_t j = 0; j < size; ++j) {
+    finite &= bool(__builtin_isfinite(fresh.injection[j]));
+    const T entry = T(__builtin_fabs(fresh.slope[j] * fresh.injection[j]));
+    largest = entry > largest ? entry : largest;
   }
   if (!finite) {
-    for (int64_t j = 0; j < task.size; ++j) fresh.best[j] = T(__builtin_nan(""));
+    for (int64_t j = 0; j < size; ++j) fresh.best[j] = T(__builtin_nan(""));
     return false;
   }
   if (largest == 0) return true;
   // Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
   double square = 0;
-  for (int64_t j = 0; j < task.size; ++j) {
+  for (int64_t j = 0; j < size; ++j) {
     fresh.injection[j] /= largest;
-    square += double(fresh.injection[j]) * double(fresh.injection[j]);
+    const double entry = double(fresh.slope[j]) * double(fresh.injection[j]);
+    square += entry * entry;
   }
   const double norm = __builtin_sqrt(square);
-  for (int64_t j = 0; j < task.size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
+  for (int64_t j = 0; j < size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
   fresh.row_norm = T(norm);
   fresh.largest = largest;
   return true;

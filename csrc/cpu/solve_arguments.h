@@ -38,12 +38,13 @@ inline Method read_method(c10::string_view solver, at::ArrayRef<double> options,
   } else if (solver == "anderson") {
     TORCH_CHECK(options.size() == 7, "solver '", solver, "' takes 7 options, got ", options.size());
     m.served = true;
+    TORCH_CHECK(options[0] >= 1 && options[0] <= 1e6,
+                "the window of Anderson acceleration must be from 1 to 1e6, got ", options[0]);
     m.window = std::min<int64_t>(int64_t(options[0]), max_iter);  // more are never used
     m.damping = options[1];
     m.anderson = {options[1], options[2], options[3], options[4]};
     m.safeguard = options[5];
     m.accelerate_above = options[6];
-    TORCH_CHECK(m.window >= 1, "the window of Anderson acceleration must be >= 1, got ", m.window);
   }
   return m;
 }

@@ -35,7 +35,7 @@ struct SolveTask {
   int64_t output_stride = 0;
   int64_t input_stride = 0;
   const T* injection = nullptr;
-  const T* slope = nullptr;  // adjoint only; then rows of the injection are scaled to unit norm
+  const T* slope = nullptr;  // adjoint only; null: forward
   const T* start = nullptr;  // null: zeros
   int activation = 0;        // index into activations.h; unused by the adjoint
 
