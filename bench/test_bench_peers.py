@@ -29,7 +29,7 @@ SIZES = (
     (1024, 256),
     (2048, 256),
 )
-RELU_SIZES = ((64, 32), (256, 64), (1024, 256))
+RELU_SIZES = ((64, 32), (256, 64), (512, 128))
 # At scale 1.3 and d = 512 plain iteration takes only 50 steps with tanh.
 HARD = (
     Spec(64, 32, "tanh", 1.3),
@@ -42,7 +42,7 @@ HARD = (
 
 SPECS = (
     *((spec, MODES if spec.d < 512 else ("full",)) for spec in HARD),
-    *((Spec(*size, "relu"), MODES if size[0] < 1024 else ("full",)) for size in RELU_SIZES),
+    *((Spec(*size, "relu"), MODES) for size in RELU_SIZES),
     *((Spec(*size), MODES) for size in SIZES),
 )
 CASES = [

@@ -159,7 +159,9 @@ class Worker {
       }
       if (double(l.best_residual) <= task_.tol) return finish(l, Status::kConverged);
       if (l.iterations == task_.max_iter) return finish(l, Status::kMaxIter);
+      const bool after_exact = l.since_anchor == 0;
       if (task_.ramp) anchor(task_, l, double(relative));
+      if (l.plain && after_exact && slow(l)) l.plain = false;
       if (!step(l, at)) return finish(l, Status::kNonfinite);
     } else {
       ++l.since_anchor;
@@ -193,7 +195,7 @@ class Worker {
     } else if (!l.plain) {
       anderson_step(task_, l, l.point, small_);
       swap(l.point, l.value);
-    } else if (relative > 5 * l.goal && slow(l)) {
+    } else if (relative > 1.5 * l.goal && slow(l)) {
       // Nearer to the goal its rounding hides how fast the residual falls.
       l.plain = false;
       l.goal = __builtin_inf();  // an anchor before the first step with a history
@@ -206,7 +208,6 @@ class Worker {
 
   // The line was evaluated at `at`, which stays. False when its value is not finite.
   bool step(Line<T>& l, const T* at) {
-    if (l.plain && l.narrowest == Kind::kExact && slow(l)) l.plain = false;
     if (!l.plain) {
       if (!anderson_step(task_, l, at, small_)) return false;
     } else if (!__builtin_isfinite(l.norm)) {
