@@ -30,7 +30,7 @@ Kind narrow_kind(const Line<T>& line) {
 // After an evaluation in full precision: the next anchor, equal drops on the way to the tolerance.
 template <typename T>
 void anchor(const SolveTask<T>& task, Line<T>& line, double relative) {
-  if (line.since_anchor > 0) {
+  if (line.since_anchor > 0 && __builtin_isfinite(line.goal)) {
     if (!(relative <= 0.5 * line.anchor)) {
       line.narrowest = Kind::kExact;
     } else if (line.narrowest == Kind::kBytes && relative > 1.5 * line.expected) {
