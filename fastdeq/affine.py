@@ -53,18 +53,22 @@ class UnitRows(NamedTuple):
         return rows * self.norm * self.largest
 
 
-def unit_rows(grad: Tensor) -> UnitRows:
+def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
     """Scales rows ``(B, n)`` to unit norm; a row of zeros stays as it is.
+
+    No row is divided by less than ``least`` ``(B, 1)``: then its norm stays below 1.
 
     A linear solve is homogeneous, its stop test is not: next to ``driver.RESIDUAL_EPS`` a small
     gradient (the mean over a large batch, say) would pass for a solved one.
     """
     # Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
     largest = grad.abs().amax(1, keepdim=True) if grad.shape[1] else grad.new_ones(len(grad), 1)
+    if least is not None:
+        largest = torch.maximum(largest, least)
     largest = torch.where(largest > 0, largest, 1.0)
     scaled = grad / largest
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    norm = torch.where(norm > 0, norm, 1.0)
+    norm = torch.where(norm > 0, norm, 1.0) if least is None else norm.clamp(min=1.0)
     return UnitRows(scaled / norm, norm, largest)
 
 
@@ -128,9 +132,11 @@ def solve_affine_adjoint(
     dtype = working_dtype(weight, slope, grad)
     w, d = weight.to(dtype), slope.to(dtype)
     grad = torch.where(d.any(1, keepdim=True), grad, 0.0)
-    # Rows with |D g| = 1, so that the solution is about as large.
-    unit = unit_rows(d * grad.to(dtype))
-    g = grad.to(dtype) / unit.largest / unit.norm
+    # Rows with |D g| = 1, so that the solution is about as large, or less where |g| would leave the
+    # range of the dtype. Nothing depends on g where D is 0; what is not finite is seen below.
+    g = torch.where(d == 0, 0.0, grad.to(dtype))
+    unit = unit_rows(d * g, least=1e-30 * g.abs().amax(1, keepdim=True) if g.shape[1] else None)
+    g = g / unit.largest / unit.norm
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
             lambda q: reference.affine_adjoint_step(w, d, g, q),
@@ -164,7 +170,7 @@ def _outputs(solution: Solution, dtype: torch.dtype) -> Outputs:
         else solution.iterations.new_empty(len(solution.iterations), 0)
     )
     # An operator's outputs must not alias its inputs or each other.
-    value = solution.value.to(dtype, copy=True)
+    value = solution.value.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return value, solution.status, solution.iterations, solution.residual, rejects
 
 
@@ -213,11 +219,13 @@ for _suffix in ("", "_reference"):
 CPP_SOLVERS = ("picard", "neumann", "anderson")
 
 
-def check_precision(precision: str, backend: str, device: torch.device, *solvers: Solver) -> None:
+def check_precision(precision: str, backend: str, weight: Tensor, *solvers: Solver) -> None:
     """Raises ops.BackendError for ``precision="mixed"`` where that cannot be had."""
     if precision != "mixed":
         return
-    reason = ops.why_no_ramp(backend, device.type)
+    reason = ops.why_no_ramp(backend, weight.device.type)
+    if not reason and weight.dtype == torch.float64:
+        reason = "a float64 cell is solved in float64"
     missing = [repr(s.name) for s in solvers if s.name not in CPP_SOLVERS]
     if not reason and missing:
         reason = f"the C++ engine has no solver {', '.join(missing)}"

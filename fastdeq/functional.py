@@ -130,10 +130,10 @@ def solve_affine(
         activation, solver, options.tol, options.max_iter, options.precision, options.backend
     )
     wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
-    affine.check_precision(options.precision, options.backend, injection.device, solver)
+    affine.check_precision(options.precision, options.backend, weight, solver)
     if wanted and options.gradient == "implicit":
         adjoint = adjoint_plan(options, structure, injection.device, report)
-        affine.check_precision(options.precision, options.backend, injection.device, adjoint.solver)
+        affine.check_precision(options.precision, options.backend, weight, adjoint.solver)
         outputs = functions.AffineFixedPoint.apply(plan, adjoint, weight, injection, start)
     else:
         outputs = plan.solve(weight.detach(), injection.detach(), start, slope=False)

@@ -285,9 +285,10 @@ class LinearSolve(Function):
         if h is None:
             return (None,) * 4
         weight, slope, grad, q = ctx.saved_tensors
-        p = LinearSolve.apply(ctx.plan.silent(), weight.t(), slope, h)
-        grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
-        return None, q.t() @ p, grad_slope, p
+        with _without_autocast(h.device.type):
+            p = LinearSolve.apply(ctx.plan.silent(), weight.t(), slope, h)
+            grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
+            return None, q.t() @ p, grad_slope, p
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 // The activations of fastdeq/activations.py on vectors: value(p) = phi(p) and slope(p) = phi'(p) by
-// the same formulas, with the same results for NaN. At +-inf they are finite or infinite where
-// PyTorch's are NaN only by way of its own kernels (gelu(inf)); inf times 0 stays NaN.
+// the same formulas, with the same results for NaN. At +-inf they agree with the limits where those
+// exist, but where the formula has inf times 0 the result is NaN, as it is in PyTorch (whose
+// gelu(inf) is NaN in float32 as well, and here is inf).
 //
 // FASTDEQ_FOR_EACH_ACTIVATION(F) expands to F("identity", Identity) F("relu", Relu) ... in the
 // order of the table there, for dispatchers.

@@ -17,7 +17,7 @@ namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
 template <typename T>
-inline Vec<T> first_lanes(Vec<T> v, int64_t n) {
+inline Vec<T> keep_first(Vec<T> v, int64_t n) {
   for (int64_t i = n; i < kLanes<T>; ++i) v[i] = 0;
   return v;
 }
@@ -49,7 +49,7 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
     Vec<T> pre = load(product + (j - begin));
     pre = kNarrow ? pre * scale + load(base + j) : pre + load(base + j);
     Vec<T> value = Map::template apply<T>(pre, line, j);
-    if (end - j < kLanes<T>) value = first_lanes<T>(value, end - j);
+    if (end - j < kLanes<T>) value = keep_first<T>(value, end - j);
     const Vec<T> point = load(line.point + j), difference = value - point;
     square_difference += difference * difference;
     square_value += value * value;

@@ -45,7 +45,6 @@ struct Line {
   Kind next;             // how the next evaluation is made
   Kind narrowest;        // how it may be made
   float change_scale;    // what `change` is to be multiplied by
-  bool anchored;         // `anchor` is set
   double anchor;         // relative residual at the last evaluation in full precision
   double goal;           // relative residual at which the next one is due
   double expected;       // relative residual expected of the next evaluation

@@ -61,22 +61,28 @@ bool load_sample(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
   return zero;
 }
 
-// Scales the injection g so that |D g| = 1: a linear solve is homogeneous, its stop test is not.
-// False when the row is not finite; then the result is NaN.
+// Scales the injection g so that |D g| = 1, or less where |g| would leave the range of T: a linear
+// solve is homogeneous, its stop test is not. Nothing depends on g where D is 0. False when the row
+// is not finite; then the result is NaN.
 template <typename T>
 bool scale_to_unit(const SolveTask<T>& task, Line<T>& fresh) {
   const int64_t size = task.size;
-  T largest = 0;
+  T largest = 0, largest_g = 0;
   bool finite = true;
   for (int64_t j = 0; j < size; ++j) {
     finite &= bool(__builtin_isfinite(fresh.injection[j]));
-    const T entry = T(__builtin_fabs(fresh.slope[j] * fresh.injection[j]));
+    if (fresh.slope[j] == 0) fresh.injection[j] = 0;
+    const T g = T(__builtin_fabs(fresh.injection[j]));
+    const T entry = T(__builtin_fabs(fresh.slope[j])) * g;
     largest = entry > largest ? entry : largest;
+    largest_g = g > largest_g ? g : largest_g;
   }
   if (!finite) {
     for (int64_t j = 0; j < size; ++j) fresh.best[j] = T(__builtin_nan(""));
     return false;
   }
+  const T least = largest_g * T(1e-30);
+  largest = largest > least ? largest : least;
   if (largest == 0) return true;
   // Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
   double square = 0;
@@ -85,7 +91,7 @@ bool scale_to_unit(const SolveTask<T>& task, Line<T>& fresh) {
     const double entry = double(fresh.slope[j]) * double(fresh.injection[j]);
     square += entry * entry;
   }
-  const double norm = __builtin_sqrt(square);
+  const double norm = square > 1 ? __builtin_sqrt(square) : 1;
   for (int64_t j = 0; j < size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
   fresh.row_norm = T(norm);
   fresh.largest = largest;

@@ -136,9 +136,7 @@ void pack(const SolveTask<T>& task, int64_t first_panel, int64_t last_panel) {
       if (task.ramp) {
         pack_bytes(panel, width, size, task.packed_bytes + begin * ((size + 3) / 4),
                    task.byte_scale + begin, task.byte_offset + begin);
-        if (task.packed_bfloat16 != nullptr) {
-          pack_bfloat16(panel, width, size, task.packed_bfloat16 + begin * ((size + 1) / 2));
-        }
+        pack_bfloat16(panel, width, size, task.packed_bfloat16 + begin * ((size + 1) / 2));
       }
     }
 #endif

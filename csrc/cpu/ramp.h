@@ -1,4 +1,6 @@
-// The precision ramp: which evaluations of a line are made with narrow products.
+// The precision ramp: which evaluations of a line are made with narrow products. In the terms of
+// Krylov methods, low precision with reliable updates (residual replacement): G. Sleijpen and H.
+// van der Vorst, Computing 56 (1996) 141; M. Clark et al., Comput. Phys. Commun. 181 (2010) 1517.
 //
 // A narrow evaluation adds W (point - previous point) to the pre-activation, both factors rounded
 // to bytes or to bfloat16. The rounding error is relative to the change, so it shrinks with the
@@ -54,18 +56,19 @@ void anchor(const SolveTask<T>& task, Line<T>& line, double relative) {
 // How the next evaluation is to be made; `relative` belongs to the one just made.
 template <typename T>
 Kind next_kind(const SolveTask<T>& task, Line<T>& line, double relative) {
-  const Kind kind = narrow_kind(line);
-  if (kind == Kind::kExact || line.iterations + 1 >= task.max_iter) return Kind::kExact;
   double rate = 0.9;  // unknown
   if (line.plain) {
     if (__builtin_isfinite(line.previous_norm)) rate = line.norm / line.previous_norm;
-    if (!(rate <= 0.98)) return Kind::kExact;  // not getting on, or not finite
   } else if (line.since_anchor > 0) {
     rate = __builtin_pow(relative / line.anchor, 1.0 / line.since_anchor);
-    if (!(rate < 1) || line.since_anchor >= kLongestNarrow) return Kind::kExact;
   }
   line.expected = relative * rate;
-  return line.expected > line.goal ? kind : Kind::kExact;
+  if (line.iterations + 1 >= task.max_iter) return Kind::kExact;
+  if (line.plain ? !(rate <= 0.98) : !(rate < 1)) return Kind::kExact;  // not getting on, or NaN
+  if (!line.plain && (line.since_anchor >= kLongestNarrow || line.count == 0)) {
+    return Kind::kExact;  // a step taken back is a large change
+  }
+  return line.expected > line.goal ? narrow_kind(line) : Kind::kExact;
 }
 
 #if defined(FASTDEQ_RAMP)

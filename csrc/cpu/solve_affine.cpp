@@ -105,7 +105,11 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   const EngineFor<T>& engine = engine_for<T>();
   const double work =
       double(task.size) * double(task.size) * double(task.batch) * kAssumedIterations;
+#if defined(_OPENMP)
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+#else
+  const int64_t threads = 1;  // at::parallel_for is serial here
+#endif
   const bool shared = task.batch < threads && task.size * task.size * task.batch >= kSharedProduct;
   const int64_t workers = shared ? 1
                                  : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
@@ -114,7 +118,7 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   const int64_t each = (task.batch + workers - 1) / workers;
   task.lines = 1;
   const int64_t one = engine.scratch_bytes(task);
-  task.lines = std::min(each, std::clamp<int64_t>(kScratchBytes / one, 1, kMostLines));
+  task.lines = std::min(each, std::clamp<int64_t>(kScratchBytes / workers / one, 1, kMostLines));
 
   const auto bytes = weight.options().dtype(at::kByte);
   const int64_t outputs = engine.padded(task.size), size = task.size;
@@ -128,7 +132,7 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   task.packed_bfloat16 = static_cast<uint32_t*>(packed_bfloat16.mutable_data_ptr());
   task.packed_bytes = static_cast<uint32_t*>(packed_bytes.mutable_data_ptr());
   task.byte_scale = static_cast<float*>(byte_scale.mutable_data_ptr());
-  task.byte_offset = reinterpret_cast<int32_t*>(task.byte_scale + outputs);
+  if (task.ramp) task.byte_offset = reinterpret_cast<int32_t*>(task.byte_scale + outputs);
   task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;

@@ -15,7 +15,10 @@ namespace fastdeq {
 
 inline int known_activation(c10::string_view name) {
   const int index = activation_index(name);
-  TORCH_CHECK(index >= 0, "unknown activation '", name, "'");
+#define FASTDEQ_NAME(known, functor) " '" known "'"
+  TORCH_CHECK(index >= 0, "unknown activation '", name,
+              "'; valid choices:" FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_NAME));
+#undef FASTDEQ_NAME
   return index;
 }
 

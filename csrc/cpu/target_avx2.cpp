@@ -10,11 +10,19 @@
 #include "activation_names.h"
 #include "solve_task.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 
 #define FASTDEQ_TARGET avx2
 #define FASTDEQ_VECTOR_BYTES 32
 #include "worker.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 namespace fastdeq {
 

@@ -11,16 +11,26 @@
 #include "activation_names.h"
 #include "solve_task.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma"))), \
+    apply_to = function)
+#else
 // GCC 12 warns of the deliberately undefined vectors in its own header.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")
+#pragma GCC target("prefer-vector-width=512")
+#endif
 
 #define FASTDEQ_TARGET avx512
 #define FASTDEQ_VECTOR_BYTES 64
 #define FASTDEQ_RAMP
 #include "worker.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 namespace fastdeq {
 

@@ -155,20 +155,21 @@ class Worker {
           swap(l.best_pre, l.pre);
         }
       } else {
+        if (l.iterations == 0) copy(l.pre, l.best_pre);  // best is the start
         ++l.idle;
       }
       if (double(l.best_residual) <= task_.tol) return finish(l, Status::kConverged);
       if (l.iterations == task_.max_iter) return finish(l, Status::kMaxIter);
       const bool after_exact = l.since_anchor == 0;
-      if (task_.ramp) anchor(task_, l, double(relative));
       if (l.plain && after_exact && slow(l)) l.plain = false;
+      if (task_.ramp) anchor(task_, l, double(relative));
       if (!step(l, at)) return finish(l, Status::kNonfinite);
+      if (l.iterations >= task_.patience && l.idle >= task_.patience) {
+        return finish(l, Status::kStagnated);
+      }
     } else {
       ++l.since_anchor;
       step_narrow(l, double(relative));
-    }
-    if (l.iterations >= task_.patience && l.idle >= task_.patience) {
-      return finish(l, Status::kStagnated);
     }
     if (task_.ramp) {
       l.next = next_kind(task_, l, double(relative));
