@@ -3,7 +3,7 @@
 Trains a DEQ classifier on handwritten digits for every weight family at scales from safe (the map
 contracts) to harsh (it does not), prints what each run came to, and saves a figure.
 
-    python examples/digits.py                            one to two minutes on two cores
+    python examples/digits.py                            about 15 seconds on one core
     python examples/digits.py --quick                    a few seconds
     python examples/digits.py --init-only                structure at initialisation only
 """

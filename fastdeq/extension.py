@@ -23,7 +23,10 @@ def _load() -> tuple[ModuleType | None, str]:
             f"the source folder {_BUILD_RECORD.parent} was imported, which has none: leave that "
             "folder, or install with `pip install -e . --no-build-isolation`"
         )
-    return None, "not installed: run `pip install -e . --no-build-isolation`"
+    return None, (
+        f"there is none in {_BUILD_RECORD.parent}: run `pip install -e . --no-build-isolation`, or "
+        "leave this folder if it hides an installed fastdeq"
+    )
 
 
 module, why_missing = _load()

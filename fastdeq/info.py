@@ -78,6 +78,6 @@ def report() -> str:
         "solve_affine_adjoint": solves,
     }
     lines = [f"{key:18} {value}" for key, value in rows.items()]
-    lines += ["", f'{"operator":22} {"on cpu":12} {"on cuda":12} with backend="auto"']
-    lines += [f"{name:22} {at['cpu']:12} {at['cuda']:12}" for name, at in serving.items()]
+    lines += ["", 'with backend="auto":', f"{'operator':22} {'on cpu':12} on cuda"]
+    lines += [f"{name:22} {at['cpu']:12} {at['cuda']}" for name, at in serving.items()]
     return "\n".join(lines)

@@ -110,7 +110,7 @@ def failure_message(solution: Solution, what: str, worst: int = 3) -> str:
     advice = "; ".join(_ADVICE[Status(s)] for s in seen)
     return (
         f"{what}: {len(failed)} of {len(solution.status)} samples did not converge ({named}). "
-        f"Their best finite iterate is returned. To try: {advice}."
+        f"The solution holds their best finite iterates. To try: {advice}."
     )
 
 

@@ -13,6 +13,7 @@ The families and their comparison: Agarwala and Schoenholz, ICML 2022.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ def make_weight(
     """A weight module from a family's name and a scale, or a weight object as it is.
 
     Raises:
-        ValueError: unknown name, a scale that is missing or not finite, a scale beside an object.
+        ValueError: unknown name, a scale that is missing, negative or not finite, a scale beside an object.
         TypeError: neither a name nor a module.
     """
     if isinstance(weight, nn.Module):
@@ -176,6 +177,8 @@ def make_weight(
     if not isinstance(weight, str):
         raise TypeError(f"weight must be a name or a module that returns W, not {weight!r}.")
     check_choice(weight, WEIGHTS, "weight")
-    if scale is None or not math.isfinite(scale):
-        raise ValueError(f"weight={weight!r} needs a finite scale, e.g. scale=0.9; got {scale!r}.")
+    if not isinstance(scale, numbers.Real) or not 0 <= scale < math.inf:
+        raise ValueError(
+            f"weight={weight!r} needs a finite scale >= 0, e.g. scale=0.9; got {scale!r}."
+        )
     return WEIGHTS[weight](features, scale, device=device, dtype=dtype)
