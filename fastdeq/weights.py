@@ -167,7 +167,8 @@ def make_weight(
     """A weight module from a family's name and a scale, or a weight object as it is.
 
     Raises:
-        ValueError: unknown name, a scale that is missing, negative or not finite, a scale beside an object.
+        ValueError: unknown name; a scale that is missing, negative or not finite, or beside an
+            object.
         TypeError: neither a name nor a module.
     """
     if isinstance(weight, nn.Module):

@@ -142,3 +142,10 @@ def test_scale_of_an_orthogonal_weight_travels_in_the_state_dict():
     x = torch.func.functional_call(target, {k: v.clone() for k, v in source.state_dict().items()})
     assert torch.equal(x, source())
     assert set(Orthogonal(6, 0.9, parametrized=False).state_dict()) == {"weight"}
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), "a", None])
+@pytest.mark.parametrize("weight", ["dense", "orthogonal", "symmetric"])
+def test_a_scale_that_is_none_says_what_is_needed(weight, scale):
+    with pytest.raises(ValueError, match="finite scale >= 0"):
+        AffineCell(4, 8, weight=weight, scale=scale)
