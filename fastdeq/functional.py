@@ -11,6 +11,7 @@ from torch import Tensor
 from . import affine, driver, functions, ops
 from .activations import ACTIVATIONS
 from .options import Options
+from .plans import AdjointPlan, AffinePlan
 from .solution import Solution, handle_failure
 from .solvers import Solver, Structure, choose
 from .state import Packing
@@ -126,7 +127,7 @@ def solve_affine(
     Without a start it starts from zeros.
     """
     solver = choose(options.solver, structure, adjoint=False)
-    plan = functions.AffinePlan(
+    plan = AffinePlan(
         activation, solver, options.tol, options.max_iter, options.precision, options.backend
     )
     wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
@@ -150,9 +151,9 @@ def solve_affine(
 
 def adjoint_plan(
     options: Options, structure: Structure, device: torch.device, report: Report
-) -> functions.AdjointPlan:
+) -> AdjointPlan:
     tol, max_iter = options.adjoint_limits()
-    return functions.AdjointPlan(
+    return AdjointPlan(
         choose(options.adjoint, structure, adjoint=True),
         tol,
         max_iter,

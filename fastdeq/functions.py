@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,48 +28,10 @@ from torch.autograd import Function, forward_ad
 from . import affine, driver
 from .activations import ACTIVATIONS
 from .captured import Watch, cut_above
-from .solution import Solution, Status
-from .solvers import Solver
+from .plans import AdjointPlan, AffinePlan
+from .solution import Status
 
 Map = Callable[[Tensor], Tensor]
-
-
-def _ignore(solution: Solution) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class AdjointPlan:
-    """How a gradient's linear solve runs, and who is told of its solution."""
-
-    solver: Solver
-    tol: float
-    max_iter: int
-    precision: str
-    backend: str
-    anderson_mix: Callable[..., Any]
-    report: Callable[[Solution], None] = field(default=_ignore)
-
-    def solve_affine(self, weight: Tensor, slope: Tensor, grad: Tensor) -> Tensor:
-        """``q = D (g + q W)``, reported."""
-        solve = affine.chosen("solve_affine_adjoint", self.backend, grad.device, self.solver)
-        q, status, iterations, residual, rejects = solve(
-            weight,
-            slope,
-            grad,
-            *affine.encode(self.solver),
-            self.tol,
-            self.max_iter,
-            self.precision,
-        )
-        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
-            counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
-            self.report(Solution(q, status, iterations, residual, counters))
-        return q
-
-    def silent(self) -> AdjointPlan:
-        """The same plan for a derivative of the gradient, which nobody follows."""
-        return replace(self, report=_ignore)
 
 
 def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
@@ -198,32 +159,6 @@ def one_step(f: Map, z: Tensor) -> Tensor:
     z = z.detach()
     fz = f(z)
     return fz + (z - fz).detach()
-
-
-@dataclass(frozen=True)
-class AffinePlan:
-    """How the forward solve of an affine cell runs."""
-
-    activation: str
-    solver: Solver
-    tol: float
-    max_iter: int
-    precision: str
-    backend: str
-
-    def solve(self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool) -> affine.Outputs:
-        solve = affine.chosen("solve_affine", self.backend, c.device, self.solver)
-        return solve(
-            weight,
-            c,
-            start,
-            self.activation,
-            *affine.encode(self.solver),
-            self.tol,
-            self.max_iter,
-            self.precision,
-            slope,
-        )
 
 
 class AffineFixedPoint(Function):

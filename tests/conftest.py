@@ -4,6 +4,9 @@ import zlib
 
 import pytest
 import torch
+from layer_cases import Residual, affine
+
+from fastdeq import DEQLayer
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +18,13 @@ def seed(request):
 def one_thread():
     """The problems here are small: a second thread costs more than it brings."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["fused", "general"])
+def make_layer(request):
+    """Builds a layer around an affine cell, or around one that is not known to be one."""
+
+    def make(**options):
+        return DEQLayer(affine() if request.param == "fused" else Residual(), **options)
+
+    return make

@@ -84,3 +84,12 @@ BAD_ADJOINT = {
 def test_bad_arguments_of_the_adjoint_solve(message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastdeq.solve_affine_adjoint(*BAD_ADJOINT[message], "neumann", [1.0], 1e-3, 9)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_unknown_precision_is_refused_whoever_solves(batch):
+    """The engine leaves GMRES, and empty batches, to the plain PyTorch form."""
+    grad = torch.ones(batch, 4)
+    for name, options in (("neumann", [1.0]), encode(GMRES())):
+        with pytest.raises(RuntimeError, match="precision must be"):
+            torch.ops.fastdeq.solve_affine_adjoint(W, grad, grad, name, options, 1e-3, 9, "half")

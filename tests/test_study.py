@@ -1,11 +1,9 @@
-"""The initialisation study: data files, training runs, the report, and its optional imports."""
+"""The initialisation study: training runs, the report, and its optional imports."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
-import struct
 import subprocess
 import sys
 
@@ -21,111 +19,6 @@ from fastdeq import study
 from fastdeq.study.training import structure_drift
 
 FAMILIES = ("dense", "orthogonal", "symmetric")
-CODES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C, ">f4": 0x0D, ">f8": 0x0E}
-
-
-def idx_bytes(array: np.ndarray, code: int = 0x08, dtype: str = "u1") -> bytes:
-    """The IDX file of ``array``, written by hand from the format's description."""
-    sizes = struct.pack(f">{array.ndim}I", *array.shape)
-    return bytes([0, 0, code, array.ndim]) + sizes + array.astype(dtype).tobytes()
-
-
-def write_mnist(folder, images=None, labels=None, suffix=""):
-    """Twelve training and four test images of 3x2 pixels in MNIST's file names and format."""
-    rng = np.random.default_rng(0)
-    pack = gzip.compress if suffix else bytes
-    for part, n in (("train", 12), ("t10k", 4)):
-        files = {
-            "images-idx3": rng.integers(0, 256, (n, 3, 2)) if images is None else images,
-            "labels-idx1": np.arange(n) % 10 if labels is None else labels,
-        }
-        for kind, array in files.items():
-            (folder / f"{part}-{kind}-ubyte{suffix}").write_bytes(pack(idx_bytes(array)))
-
-
-# Data
-
-
-@pytest.mark.parametrize("dtype", CODES)
-def test_idx_holds_every_dtype_of_the_format(tmp_path, dtype):
-    values = np.array([[1, 2, 3], [4, 5, 120]])
-    path = tmp_path / "values"
-    path.write_bytes(idx_bytes(values, CODES[dtype], dtype))
-    read = study.read_idx(path)
-    assert read.dtype == np.dtype(dtype).newbyteorder("=")
-    assert read.tolist() == values.tolist()
-
-
-def test_idx_gzip_is_told_by_content_not_by_name(tmp_path):
-    path = tmp_path / "values.idx"
-    path.write_bytes(gzip.compress(idx_bytes(np.arange(6).reshape(1, 2, 3))))
-    assert study.read_idx(path).tolist() == [[[0, 1, 2], [3, 4, 5]]]
-
-
-GOOD = idx_bytes(np.arange(6).reshape(2, 3))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "begins with nothing"),
-        (b"\x89PNG\r\n\x1a\n", "not an IDX file"),
-        (b"\0\0\x07" + GOOD[3:], "dtype code 0x07; known codes: 0x08, 0x09"),
-        (GOOD[:9], "2 dimensions need 12 bytes, the file has 9"),
-        (GOOD[:-1], r"truncated data: an array \(2, 3\) of uint8 needs 18 bytes.* has 17"),
-        (GOOD + b"\0", "bytes after the data"),
-        # 2^96 values: the size must not be computed in machine integers, nor be allocated.
-        (b"\0\0\x08\x03" + b"\xff" * 12 + b"\0", "truncated data"),
-        (gzip.compress(GOOD)[:-4], "damaged or truncated gzip"),
-        (b"\x1f\x8b" + b"\xff" * 30, "damaged or truncated gzip"),
-    ],
-)
-def test_idx_that_is_none_says_why_and_where(tmp_path, content, message):
-    path = tmp_path / "broken-file"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        study.read_idx(path)
-    assert "broken-file" in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_mnist_folder(tmp_path, suffix):
-    write_mnist(tmp_path, suffix=suffix)
-    dataset = study.mnist(tmp_path)
-    assert dataset.x_train.shape == (12, 6)
-    assert dataset.x_test.shape == (4, 6)
-    assert dataset.y_train.tolist() == [*range(10), 0, 1]
-    assert torch.allclose(dataset.x_train.mean(0), torch.zeros(6), atol=1e-5)
-
-
-def test_mnist_files_that_do_not_fit(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte\.gz"):
-        study.mnist(tmp_path)
-    write_mnist(tmp_path, labels=np.zeros(5))
-    with pytest.raises(ValueError, match=r"12 images, but labels of shape \(5,\)"):
-        study.mnist(tmp_path)
-    write_mnist(tmp_path, labels=np.full(12, 10))
-    with pytest.raises(ValueError, match="labels must be 0 to 9, got 10"):
-        study.mnist(tmp_path)
-    write_mnist(tmp_path, images=np.zeros((12, 6)))
-    with pytest.raises(ValueError, match=r"\(N, rows, columns\) needed"):
-        study.mnist(tmp_path)
-
-
-def test_digits_are_split_by_class_and_standardised():
-    dataset = study.digits(seed=3)
-    assert dataset.x_train.shape == (1347, 64)
-    assert dataset.x_test.shape == (450, 64)
-    assert dataset.x_train.dtype == torch.float32
-    assert dataset.y_train.dtype == torch.int64
-    shares = [torch.bincount(y) / len(y) for y in (dataset.y_train, dataset.y_test)]
-    assert torch.allclose(*shares, atol=0.005)
-    assert float(dataset.x_train.mean(0).abs().max()) < 1e-5
-    assert float(dataset.x_train.std(0).max()) < 1.01
-    assert torch.equal(dataset.x_test, study.digits(seed=3).x_test)
-    assert not torch.equal(dataset.x_test, study.digits(seed=4).x_test)
-    with pytest.raises(ValueError, match="test_share"):
-        study.digits(test_share=1.0)
 
 
 # Training

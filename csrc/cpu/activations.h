@@ -9,7 +9,7 @@
 #pragma once
 
 #include "activation_names.h"
-#include "vector_math.h"
+#include "vector_special.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {

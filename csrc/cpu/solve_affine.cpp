@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <string>
 #include <tuple>
 
 #include "engine.h"
@@ -78,9 +77,7 @@ void parallel_for(int64_t count, void* context, void (*body)(void*, int64_t, int
 // `transposed`: products with W^T, as the forward map has them, instead of W.
 template <typename T>
 void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, bool transposed,
-         const std::string& precision, Outputs& out) {
-  TORCH_CHECK(precision == "auto" || precision == "float32" || precision == "mixed",
-              "precision must be 'auto', 'float32' or 'mixed', got '", precision, "'");
+         c10::string_view precision, Outputs& out) {
   task.value = out.value.mutable_data_ptr<T>();
   task.status = out.status.mutable_data_ptr<int8_t>();
   task.iterations = out.iterations.mutable_data_ptr<int32_t>();
@@ -88,7 +85,6 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   if (method.window > 0) task.rejects = out.rejects.mutable_data_ptr<int32_t>();
   task.batch = out.value.size(0);
   task.size = out.value.size(1);
-  if (task.batch == 0) return;
 
   task.weight = weight.const_data_ptr<T>();
   task.output_stride = weight.stride(transposed ? 0 : 1);
@@ -155,6 +151,7 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
                      const std::optional<at::Tensor>& start, c10::string_view activation,
                      c10::string_view solver, at::ArrayRef<double> solver_options, double tol,
                      int64_t max_iter, c10::string_view precision, bool slope) {
+  check_precision(precision);
   const Method method = read_method(solver, solver_options, max_iter);
   if (!method.served || injection.numel() == 0) {
     static const auto op = c10::Dispatcher::singleton()
@@ -178,7 +175,7 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
     task.tol = tol;
     task.max_iter = max_iter;
     task.value_slope = slope ? value_slope.mutable_data_ptr<scalar_t>() : nullptr;
-    run(task, method, w, true, std::string(precision), out);
+    run(task, method, w, true, precision, out);
   });
   return {out.value.to(injection.scalar_type()),
           out.status,
@@ -192,6 +189,7 @@ Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
                              const at::Tensor& grad, c10::string_view solver,
                              at::ArrayRef<double> solver_options, double tol, int64_t max_iter,
                              c10::string_view precision) {
+  check_precision(precision);
   const Method method = read_method(solver, solver_options, max_iter);
   if (!method.served || grad.numel() == 0) {
     static const auto op = c10::Dispatcher::singleton()
@@ -210,7 +208,7 @@ Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
     task.slope = d.const_data_ptr<scalar_t>();
     task.tol = tol;
     task.max_iter = max_iter;
-    run(task, method, w, false, std::string(precision), out);
+    run(task, method, w, false, precision, out);
   });
   return {out.value.to(grad.scalar_type()), out.status, out.iterations, out.residual, out.rejects};
 }

@@ -22,6 +22,11 @@ inline int known_activation(c10::string_view name) {
   return index;
 }
 
+inline void check_precision(c10::string_view name) {
+  TORCH_CHECK(name == "auto" || name == "float32" || name == "mixed",
+              "precision must be 'auto', 'float32' or 'mixed', got '", name, "'");
+}
+
 struct Method {
   bool served = false;
   double damping = 1;
