@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from record import load, write_json
 from report import Races, report
+from tables import Tables
 
 RACES = pytest.StashKey[Races]()
 LOAD = pytest.StashKey["float | None"]()
+TABLES = pytest.StashKey[Tables]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RACES] = {}
+    config.stash[TABLES] = Tables()
     config.stash[LOAD] = load()
     # pytest-benchmark's own tables compare runs that were not interleaved; -v shows them.
     if hasattr(config.option, "benchmark_quiet") and config.option.verbose < 1:
@@ -37,12 +40,22 @@ def races(request: pytest.FixtureRequest) -> Races:
     return request.config.stash[RACES]
 
 
+@pytest.fixture(scope="session")
+def tables(request: pytest.FixtureRequest) -> Tables:
+    """Collects rows of tables that are not times."""
+    return request.config.stash[TABLES]
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> Generator[None, None, None]:
     """After everything else, so that the ratios are what one sees."""
     yield
+    for title, lines in config.stash[TABLES].sections():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
     races = config.stash[RACES]
     if not any(race.medians for race in races.values()):
         return

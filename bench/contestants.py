@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from problems import Problem
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeq import AffineCell, DEQLayer
 
@@ -65,11 +65,28 @@ class Contestant:
         return state.detach()
 
 
+class Tagged(nn.Module):
+    """A weight that is what it is said to be, without a map from free parameters to it."""
+
+    def __init__(self, weight: Tensor, family: str, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+        self.tags = frozenset() if family == "dense" else frozenset({family})
+        self.norm = scale if family == "orthogonal" else None
+
+    def norm_bound(self) -> float | None:
+        return self.norm
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
 class FastDEQ(Contestant):
     def __init__(self, problem: Problem, f_setting: float, b_setting: float, **options: Any):
         super().__init__(problem)
         d, spec = problem.d, problem.spec
-        cell = AffineCell(d, d, activation=spec.activation, weight="dense", scale=spec.scale)
+        own = Tagged(problem.weight, spec.weight, spec.scale)
+        cell = AffineCell(d, d, activation=spec.activation, weight=own)
         state = {
             "weight.weight": problem.weight,
             "injection.weight": problem.input_weight,

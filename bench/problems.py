@@ -1,6 +1,6 @@
 """The problems that all contestants solve, and what their answers are measured by, in float64.
 
-    W, U (d, d)   recurrent weight, entries of variance scale^2/d; input weight, orthogonal
+    W, U (d, d)   recurrent weight of one of the three families; input weight, orthogonal
     b (d,)        bias;  x (B, d) input;  c = U x + b
     z* = phi(W z* + c)                               D = phi'(W z* + c)
     q  = D (g + q W)                                 g = dL/dz* (B, d)
@@ -37,6 +37,7 @@ class Spec:
     tol: float = TOL
     inputs: str = "normal"  # or "large", "straggler": large but for the first sample
     threads: int = 0
+    weight: str = "dense"  # or "symmetric", "orthogonal"; everybody differentiates by W itself
 
     @property
     def hard(self) -> bool:
@@ -49,7 +50,8 @@ class Spec:
 
     @property
     def kind(self) -> str:
-        return f"{self.activation} {'hard' if self.hard else 'easy'}"
+        structure = "" if self.weight == "dense" else f" {self.weight}"
+        return f"{self.activation}{structure} {'hard' if self.hard else 'easy'}"
 
     @property
     def max_iter(self) -> int:
@@ -77,7 +79,7 @@ class Problem:
 
         d, batch = spec.d, spec.batch
         self.spec, self.d, self.batch = spec, d, batch
-        self.weight = normal(d, d) * (spec.scale / math.sqrt(d))
+        self.weight = _family(spec.weight, normal(d, d)) * spec.scale
         self.input_weight = torch.linalg.qr(normal(d, d)).Q.contiguous()
         self.bias = 0.1 * normal(d)
         self.x, self.grad = normal(batch, d), normal(batch, d)
@@ -142,6 +144,17 @@ class Problem:
     def solution(self) -> Tensor:
         """z* to the rounding of float64."""
         return equilibrium(self._w, self._c, self.spec.activation, contraction=not self.spec.hard)
+
+
+def _family(name: str, gauss: Tensor) -> Tensor:
+    """Of spectral radius 1 for large d, as ``fastdeq`` initialises it."""
+    d = len(gauss)
+    if name == "symmetric":
+        return (gauss + gauss.t()) / math.sqrt(8 * d)
+    if name == "orthogonal":
+        q, r = torch.linalg.qr(gauss)
+        return q * torch.sign(r.diagonal())
+    return gauss / math.sqrt(d)
 
 
 def _slopes(activation: str, pre: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:

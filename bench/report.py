@@ -16,6 +16,7 @@ SCALING = {
     "tolerance": "against the tolerance",
     "threads": "against the number of threads",
     "straggler": "with one straggler in the batch",
+    "structure": "against the structure of W",
 }
 Races = dict[tuple[str, str], Race]  # by group and a key of its own
 
@@ -82,10 +83,19 @@ def _ratios(races: list[Race], hard: bool) -> list[str]:
 
 def _costs(races: list[Race]) -> list[str]:
     shown = [entry.name for entry in SCALING_ENTRIES if any(entry.name in r.medians for r in races)]
-    rows = [_head(("d x B", "tol", "threads", "inputs", "mode"), [*shown, "auto ratio"])]
+    fixed = ("W", "scale", "d x B", "tol", "threads", "inputs", "mode")
+    rows = [_head(fixed, [*shown, "auto ratio"])]
     for race in races:
         spec = race.spec
-        cells = [spec.size, f"{spec.tol:g}", str(spec.threads or "all"), spec.inputs, race.mode]
+        cells = [
+            spec.weight,
+            f"{spec.scale:g}",
+            spec.size,
+            f"{spec.tol:g}",
+            str(spec.threads or "all"),
+            spec.inputs,
+            race.mode,
+        ]
         times = [_number(race.medians.get(name), 1e3, 3) for name in shown]
         rows.append(((*cells, *times, _number(race.ratio("fastdeq-auto"))),))
     return table(rows)

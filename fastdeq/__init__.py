@@ -7,8 +7,9 @@ from .cells import AffineCell
 from .functional import fixed_point
 from .layer import DEQLayer
 from .ops import BackendError
+from .parametrizations import OrthogonalMap, SymmetricMap
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from .solvers import GMRES, Anderson, Neumann, Picard
+from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
 from .weights import Dense, Orthogonal, Symmetric
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "GMRES",
+    "MINRES",
     "Activation",
     "AffineCell",
     "Anderson",
@@ -24,11 +26,15 @@ __all__ = [
     "ConvergenceWarning",
     "DEQLayer",
     "Dense",
+    "Energy",
+    "HeavyBall",
     "Neumann",
     "Orthogonal",
+    "OrthogonalMap",
     "Picard",
     "Solution",
     "Status",
     "Symmetric",
+    "SymmetricMap",
     "fixed_point",
 ]

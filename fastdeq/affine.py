@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import driver, ops, reference
+from . import driver, extension, ops
 from .activations import ACTIVATIONS
 from .choices import check_choice
 from .solution import Solution
 from .solvers import SOLVERS, Solver
+from .solvers.base import AffineMap
 
 Outputs = tuple[Tensor, ...]
 
@@ -58,7 +59,7 @@ def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
 
     No row is divided by less than ``least`` ``(B, 1)``: then its norm stays below 1.
 
-    A linear solve is homogeneous, its stop test is not: next to ``driver.RESIDUAL_EPS`` a small
+    A linear solve is homogeneous, its stop test is not: next to ``base.RESIDUAL_EPS`` a small
     gradient (the mean over a large batch, say) would pass for a solved one.
     """
     # Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
@@ -83,19 +84,21 @@ def solve_affine(
     max_iter: int,
     precision: str = "auto",
     slope: bool = False,
+    symmetric: bool = False,
     *,
     anderson_mix: Callable[..., Any] | None = None,
 ) -> Outputs:
     """Solves ``z = phi(z W^T + c)``: weight ``(d, d)``, injection and start ``(B, d)``.
 
-    With ``slope`` the last output is ``phi'(z W^T + c)`` ``(B, d)`` at the value, 0 for samples
-    that ended NONFINITE.
+    With ``slope`` the last output but one is ``phi'(z W^T + c)`` ``(B, d)`` at the value, 0 for
+    samples that ended NONFINITE. The last one is what a faster form has prepared of a weight that
+    is said to be ``symmetric``, for its adjoint: bytes, here none.
     """
     dtype = working_dtype(weight, injection, *([] if start is None else [start]))
     w, c = weight.to(dtype), injection.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
-            lambda z: reference.affine_step(w, c, z, activation),
+            AffineMap(c, lambda z: z @ w.t(), activation=ACTIVATIONS[activation]),
             torch.zeros_like(c) if start is None else start.to(dtype),
             _solver(solver, solver_options),
             tol=tol,
@@ -109,7 +112,8 @@ def solve_affine(
             pre = torch.addmm(c, solution.value, w.t())
             value_slope = ACTIVATIONS[activation].slope(pre)
             value_slope = torch.where(solution.nonfinite.unsqueeze(1), 0.0, value_slope)
-    return *_outputs(solution, injection.dtype), value_slope
+    packed = injection.new_empty(0, dtype=torch.uint8)
+    return *_outputs(solution, injection.dtype), value_slope, packed
 
 
 def solve_affine_adjoint(
@@ -121,6 +125,8 @@ def solve_affine_adjoint(
     tol: float,
     max_iter: int,
     precision: str = "auto",
+    symmetric: bool = False,
+    packed: Tensor | None = None,
     *,
     anderson_mix: Callable[..., Any] | None = None,
 ) -> Outputs:
@@ -139,7 +145,7 @@ def solve_affine_adjoint(
     g = g / unit.largest / unit.norm
     with torch.autocast(weight.device.type, enabled=False):
         solution = driver.solve(
-            lambda q: reference.affine_adjoint_step(w, d, g, q),
+            AffineMap(g, lambda q: q @ w, slope=d),
             torch.zeros_like(g),
             _solver(solver, solver_options),
             tol=tol,
@@ -196,10 +202,24 @@ def _solve_affine_fake(
     max_iter: int,
     precision: str = "auto",
     slope: bool = False,
+    symmetric: bool = False,
 ) -> Outputs:
     outputs = _fake(injection, solver, *(t for t in (weight, injection, start) if t is not None))
     shape = injection.shape if slope else (0,)
-    return *outputs, injection.new_empty(shape, dtype=outputs[3].dtype)
+    value_slope = injection.new_empty(shape, dtype=outputs[3].dtype)
+    return *outputs, value_slope, injection.new_empty(0, dtype=torch.uint8)
+
+
+def _solve_affine_engine_fake(
+    weight: Tensor, injection: Tensor, *args: Any, symmetric: bool = False
+) -> Outputs:
+    outputs = _solve_affine_fake(weight, injection, *args)
+    symmetric = symmetric or (len(args) > 8 and args[8])
+    if not symmetric or extension.why_missing or injection.device.type != "cpu":
+        return outputs
+    size = injection.shape[1]
+    room = 64 + (size + 63) // 64 * 64 * (8 * size + 64)  # csrc/cpu/packed_weight.h
+    return *outputs[:-1], injection.new_empty(room, dtype=torch.uint8)
 
 
 def _solve_affine_adjoint_fake(
@@ -208,15 +228,16 @@ def _solve_affine_adjoint_fake(
     return _fake(grad, solver, weight, slope, grad)
 
 
+torch.library.register_fake("fastdeq::solve_affine")(_solve_affine_engine_fake)
+torch.library.register_fake("fastdeq::solve_affine_reference")(_solve_affine_fake)
 for _suffix in ("", "_reference"):
-    torch.library.register_fake(f"fastdeq::solve_affine{_suffix}")(_solve_affine_fake)
     torch.library.register_fake(f"fastdeq::solve_affine_adjoint{_suffix}")(
         _solve_affine_adjoint_fake
     )
 
 
 # What csrc/cpu/solve_affine.cpp serves itself; the rest it leaves to the "_reference" operators.
-CPP_SOLVERS = ("picard", "neumann", "anderson")
+CPP_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball", "energy", "minres")
 
 
 def check_precision(precision: str, backend: str, weight: Tensor, *solvers: Solver) -> None:

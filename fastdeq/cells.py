@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS, Activation
 from .choices import check_choice, check_options
 from .solvers import Structure
-from .weights import make_weight
+from .weights import Dense, make_weight
+
+_ALMOST_SYMMETRIC = 1e-2  # what rounding to bfloat16 may do
 
 
 class AffineCell(nn.Module):
@@ -54,6 +56,7 @@ class AffineCell(nn.Module):
         self.activation = activation
         self.weight = make_weight(weight, features, scale, device, dtype)
         self.injection = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
+        self._believed = isinstance(self.weight, Dense)
 
     @property
     def phi(self) -> Activation:
@@ -64,7 +67,8 @@ class AffineCell(nn.Module):
         """W ``(features, features)``.
 
         Raises:
-            ValueError: the weight module returns another shape.
+            ValueError: the weight module returns another shape, or is tagged "symmetric" and is
+                not (looked at once).
         """
         weight: Tensor = self.weight()
         if weight.shape != (self.features, self.features):
@@ -72,7 +76,21 @@ class AffineCell(nn.Module):
                 f"{type(self.weight).__name__} returned a weight of shape {tuple(weight.shape)}; "
                 f"AffineCell(features={self.features}) needs ({self.features}, {self.features})."
             )
+        if not self._believed and not torch.compiler.is_compiling():
+            self._check_tags(weight.detach())
+            self._believed = True
         return weight
+
+    def _check_tags(self, weight: Tensor) -> None:
+        # A user's word for it: where it is wrong, gradients would be, and nobody would notice.
+        if "symmetric" not in self.structure().tags or not weight.isfinite().all():
+            return
+        apart = float((weight - weight.t()).abs().amax() / weight.abs().amax().clamp(min=1e-30))
+        if apart > _ALMOST_SYMMETRIC:
+            raise ValueError(
+                f'{type(self.weight).__name__} has the tag "symmetric", but its W is not: entries '
+                f"W_ij and W_ji differ by up to {apart:.1e} of the largest. Leave the tag out."
+            )
 
     def inject(self, x: Tensor) -> Tensor:
         """``c = U x + b``, ``(B, features)``, for x ``(B, in_features)``.
@@ -104,7 +122,10 @@ class AffineCell(nn.Module):
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
         norm_bound = getattr(self.weight, "norm_bound", lambda: None)()
         contraction = None if norm_bound is None else norm_bound * self.phi.lipschitz
-        return Structure(contraction, getattr(self.weight, "tags", frozenset()), affine=True)
+        tags: frozenset[str] = frozenset(getattr(self.weight, "tags", ()))
+        if self.phi.monotone:
+            tags = tags | {"monotone"}
+        return Structure(contraction, tags, affine=True)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step ``f(z, x)``, ``(B, features)``."""

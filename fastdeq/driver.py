@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from .solution import Solution, Status
-from .solvers.base import Problem, Solver
-
-RESIDUAL_EPS = 1e-9  # makes a residual at the zero state an absolute one
+from .solvers.base import RESIDUAL_EPS, AffineMap, Problem, Solver
 
 # Plain integers keep the int8 of a status tensor.
 _CONVERGED, _STAGNATED = int(Status.CONVERGED), int(Status.STAGNATED)
@@ -50,7 +48,12 @@ def solve(
     ``f`` maps ``(B, n)`` to ``(B, n)`` and treats rows independently; ``start_value`` is
     ``f(start)`` where it is known. At most ``max_iter`` updates, hence ``max_iter + 1``
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
+
+    A solver with ``fixed_iterations`` makes exactly so many updates of every sample that stays
+    finite, and nothing is read from the device.
     """
+    fixed: int = getattr(solver, "fixed_iterations", 0)
+    max_iter = fixed or max_iter
     batch = start.shape[0]
     point = finite_rows(start)
     best = point
@@ -60,7 +63,8 @@ def solve(
     idle = torch.zeros_like(iterations)  # iterates in a row that brought no new best residual
     running = torch.ones(batch, dtype=torch.bool, device=point.device)
     judged = running  # running samples whose point is an iterate
-    state = solver.init(point, Problem(tol, max_iter, anderson_mix))
+    affine = f if isinstance(f, AffineMap) else None
+    state = solver.init(point, Problem(tol, max_iter, anderson_mix, affine))
     look_every = _LOOK_EVERY.get(point.device.type, _LOOK_EVERY_ELSEWHERE)
 
     if batch == 0:
@@ -77,15 +81,20 @@ def solve(
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
         idle = torch.where(improved, 0, idle + judged)
-        running = running & (best_residual > tol)
-        if k == max_iter or (k % look_every == 0 and not bool(running.any())):
+        if not fixed:
+            running = running & (best_residual > tol)
+        if k == max_iter or (not fixed and k % look_every == 0 and not bool(running.any())):
             break
 
         step = solver.step(state, point, value, norm, running)
         failed = running & step.failed
         status = torch.where(failed, _NONFINITE, status)
         running = running & ~failed
-        if k >= solver.patience:  # earlier, no sample can have been idle for so long
+        if step.stalled is not None:
+            stalled = running & step.stalled
+            status = torch.where(stalled, _STAGNATED, status)
+            running = running & ~stalled
+        if k >= solver.patience and not fixed:  # earlier, no sample can have been idle for so long
             stagnated = running & (idle >= solver.patience)
             status = torch.where(stagnated, _STAGNATED, status)
             running = running & ~stagnated

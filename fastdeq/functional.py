@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def solve_map(
         solution = driver.solve(
             rows,
             start,
-            choose(options.solver, structure, adjoint=False),
+            choose(options.solver, structure, options.tol, adjoint=False),
             tol=options.tol,
             max_iter=options.max_iter,
             anderson_mix=anderson_mix,
@@ -110,7 +111,8 @@ def solve_map(
         else:
             attached = functions.one_step(rows, z)
         z = torch.where(failed, z, attached)
-    return packing.unpack(z), solution.with_value(packing.unpack(solution.value))
+    value = packing.unpack(solution.value)
+    return packing.unpack(z), replace(solution, value=value, contraction=structure.contraction)
 
 
 def solve_affine(
@@ -126,9 +128,15 @@ def solve_affine(
 
     Without a start it starts from zeros.
     """
-    solver = choose(options.solver, structure, adjoint=False)
+    solver = choose(options.solver, structure, options.tol, adjoint=False)
     plan = AffinePlan(
-        activation, solver, options.tol, options.max_iter, options.precision, options.backend
+        activation,
+        solver,
+        options.tol,
+        options.max_iter,
+        options.precision,
+        options.backend,
+        "symmetric" in structure.tags,
     )
     wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
     affine.check_precision(options.precision, options.backend, weight, solver)
@@ -138,9 +146,10 @@ def solve_affine(
         outputs = functions.AffineFixedPoint.apply(plan, adjoint, weight, injection, start)
     else:
         outputs = plan.solve(weight.detach(), injection.detach(), start, slope=False)
-    z, status, iterations, residual, rejects, _ = outputs
+    z, status, iterations, residual, rejects, *_ = outputs
     counters = dict(zip(solver.rejects, rejects.unbind(1), strict=True))
-    solution = Solution(z.detach(), status, iterations, residual, counters)
+    contraction = structure.contraction
+    solution = Solution(z.detach(), status, iterations, residual, counters, contraction)
     if wanted and options.gradient == "one_step":
         phi = ACTIVATIONS[activation].function
         failed = solution.nonfinite.unsqueeze(1)
@@ -154,11 +163,12 @@ def adjoint_plan(
 ) -> AdjointPlan:
     tol, max_iter = options.adjoint_limits()
     return AdjointPlan(
-        choose(options.adjoint, structure, adjoint=True),
+        choose(options.adjoint, structure, tol, adjoint=True),
         tol,
         max_iter,
         options.precision,
         options.backend,
         ops.implementation(options.backend, device),
+        structure.affine and "symmetric" in structure.tags,
         report,
     )

@@ -174,9 +174,9 @@ class AffineFixedPoint(Function):
         start: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs = plan.solve(weight, c, start, slope=True)
-        z, status, *_, slope = outputs
+        z, status, *_, slope, packed = outputs
         ctx.activation, ctx.adjoint = plan.activation, adjoint
-        ctx.save_for_backward(weight, c, z, status, slope)
+        ctx.save_for_backward(weight, c, z, status, slope, packed)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
@@ -185,11 +185,11 @@ class AffineFixedPoint(Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        weight, c, z, status, slope = ctx.saved_tensors
+        weight, c, z, status, slope, packed = ctx.saved_tensors
         dtype = slope.dtype
         w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
         if not torch.is_grad_enabled():
-            q, grad_weight = ctx.adjoint.solve_affine(w, slope, g), None
+            q, grad_weight = ctx.adjoint.solve_affine(w, slope, g, packed), None
             if ctx.needs_input_grad[2]:
                 with _without_autocast(z.device.type):
                     grad_weight = torch.mm(q.t(), at).to(weight.dtype)

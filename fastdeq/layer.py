@@ -14,6 +14,7 @@ from .functional import solve_affine, solve_map
 from .options import Options
 from .solution import Solution, Status, handle_failure
 from .solvers import Solver, Structure
+from .solvers.picard import CERTIFIED
 
 
 class DEQLayer(nn.Module):
@@ -23,9 +24,10 @@ class DEQLayer(nn.Module):
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
             returns a state like z (a tensor ``(B, ...)`` or a tuple of them) and treats samples
             independently. It may define ``initial_state(x)``.
-        solver: "auto", "picard", "anderson", or an object such as ``Anderson(window=8)``.
+        solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
+            object such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
-            "picard", or an object.
+            "picard", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap).
         tol: relative residual ``|f(z) - z| / |f(z)|`` per sample at which a sample has converged.
@@ -103,6 +105,11 @@ class DEQLayer(nn.Module):
                 that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
         """
         bad = None
+        if z0 is not None and getattr(self.options.solver, "fixed_iterations", 0) == CERTIFIED:
+            raise ValueError(
+                'fixed_iterations="certified" counts from a start at zero; leave out z0, or give '
+                "the number of iterations."
+            )
         if self._fused(context):
             self.cell.check_input(x)
             x, bad = _without_nonfinite(x)
@@ -218,5 +225,6 @@ def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solut
         torch.where(bad, 0, solution.iterations),
         torch.where(bad, torch.inf, solution.residual),
         solution.rejects,
+        solution.contraction,
     )
     return each(z), marked

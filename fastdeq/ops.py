@@ -32,21 +32,23 @@ SCHEMAS = {
         "float damping, float regularization, float rank_tolerance, float max_weight) "
         "-> (Tensor z, Tensor dropped, Tensor rejected)"
     ),
+    "symmetric_part": "(Tensor a) -> Tensor",
 }
 # The two solves return value (B, d), status (B,) int8, iterations (B,) int32, residual (B,) and
 # rejects (B, number of reasons) int32; the forward one also phi' at the value, empty unless asked
-# for. Their bodies are in affine.py, under a second name as well: a faster form leaves to that
-# what it does not serve itself.
+# for, and, of a symmetric weight, bytes that spare its adjoint preparing it again. Their bodies are
+# in affine.py, under a second name as well: a faster form leaves to that what it does not serve.
 for _suffix in ("", "_reference"):
     SCHEMAS["solve_affine" + _suffix] = (
         "(Tensor weight, Tensor injection, Tensor? start, str activation, str solver, "
-        "float[] solver_options, float tol, int max_iter, str precision='auto', bool slope=False) "
-        "-> (Tensor value, Tensor status, Tensor iterations, Tensor residual, Tensor rejects, "
-        "Tensor value_slope)"
+        "float[] solver_options, float tol, int max_iter, str precision='auto', bool slope=False, "
+        "bool symmetric=False) -> (Tensor value, Tensor status, Tensor iterations, "
+        "Tensor residual, Tensor rejects, Tensor value_slope, Tensor packed)"
     )
     SCHEMAS["solve_affine_adjoint" + _suffix] = (
         "(Tensor weight, Tensor slope, Tensor grad, str solver, "
-        "float[] solver_options, float tol, int max_iter, str precision='auto') "
+        "float[] solver_options, float tol, int max_iter, str precision='auto', "
+        "bool symmetric=False, Tensor? packed=None) "
         "-> (Tensor value, Tensor status, Tensor iterations, Tensor residual, Tensor rejects)"
     )
 
@@ -54,6 +56,25 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"fastdeq::{_name}", _schema)
 
 torch.library.impl("fastdeq::anderson_mix", "CompositeExplicitAutograd")(reference.anderson_mix)
+
+
+torch.library.impl("fastdeq::symmetric_part", "CompositeExplicitAutograd")(reference.symmetric_part)
+
+
+@torch.library.register_fake("fastdeq::symmetric_part")
+def _symmetric_part_fake(a: Tensor) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+torch.library.register_autograd(
+    "fastdeq::symmetric_part", lambda ctx, grad: torch.ops.fastdeq.symmetric_part(grad)
+)
+
+
+def symmetric_part(a: Tensor) -> Tensor:
+    """``(A + A^T) / 2`` of a square matrix, exactly symmetric."""
+    part: Tensor = torch.ops.fastdeq.symmetric_part(a)
+    return part
 
 
 @torch.library.register_fake("fastdeq::anderson_mix")

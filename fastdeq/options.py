@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from .choices import check_choice, check_options
 from .ops import BACKENDS
 from .solution import ON_FAILURE
-from .solvers import SOLVERS, Solver, Structure, choose
+from .solvers import SOLVERS, Solver, named
 
 GRADIENTS = ("implicit", "one_step")
 PRECISIONS = ("auto", "float32", "mixed")
@@ -37,9 +37,9 @@ class Options:
         registered = True
         for name, adjoint in (("solver", False), ("adjoint", True)):
             given = getattr(self, name)
-            chosen = choose(given, Structure(), adjoint=adjoint)
-            registered &= SOLVERS.get(chosen.name) is type(chosen)
             if given != "auto":  # an object from now on: a compiled layer does not build any
+                chosen = named(given, adjoint=adjoint)
+                registered &= SOLVERS.get(chosen.name) is type(chosen)
                 object.__setattr__(self, name, chosen)
         object.__setattr__(self, "registered", registered)
         check_choice(self.gradient, GRADIENTS, "gradient")

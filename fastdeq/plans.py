@@ -28,10 +28,13 @@ class AdjointPlan:
     precision: str
     backend: str
     anderson_mix: Callable[..., Any]
+    symmetric: bool = False
     report: Callable[[Solution], None] = field(default=_ignore)
 
-    def solve_affine(self, weight: Tensor, slope: Tensor, grad: Tensor) -> Tensor:
-        """``q = D (g + q W)``, reported."""
+    def solve_affine(
+        self, weight: Tensor, slope: Tensor, grad: Tensor, packed: Tensor | None = None
+    ) -> Tensor:
+        """``q = D (g + q W)``, reported; ``packed`` is what the forward solve left for it."""
         solve = affine.chosen("solve_affine_adjoint", self.backend, grad.device, self.solver)
         q, status, iterations, residual, rejects = solve(
             weight,
@@ -41,6 +44,8 @@ class AdjointPlan:
             self.tol,
             self.max_iter,
             self.precision,
+            self.symmetric,
+            packed,
         )
         if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
             counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
@@ -62,6 +67,7 @@ class AffinePlan:
     max_iter: int
     precision: str
     backend: str
+    symmetric: bool
 
     def solve(self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool) -> affine.Outputs:
         solve = affine.chosen("solve_affine", self.backend, c.device, self.solver)
@@ -75,4 +81,5 @@ class AffinePlan:
             self.max_iter,
             self.precision,
             slope,
+            self.symmetric,
         )

@@ -22,6 +22,11 @@ def affine_adjoint_step(weight: Tensor, slope: Tensor, grad: Tensor, q: Tensor) 
     return slope * torch.addmm(grad, q, weight)
 
 
+def symmetric_part(a: Tensor) -> Tensor:
+    """``(A + A^T) / 2`` of a square matrix, exactly symmetric."""
+    return (a + a.t()) / 2
+
+
 def anderson_mix(
     f_history: Tensor,
     g_history: Tensor,

@@ -34,6 +34,7 @@ class Solution:
         residual: ``(B,)`` float32 or float64, ``|f(z) - z| / (|f(z)| + 1e-9)`` of ``value``,
             2-norms per sample, measured before any rounding of ``value`` to a half-precision type.
         rejects: per-sample counters ``(B,)`` int32 of steps a solver took back, by reason.
+        contraction: a bound on the Lipschitz constant of the map in the 2-norm, None if unknown.
     """
 
     value: Any
@@ -41,6 +42,7 @@ class Solution:
     iterations: Tensor
     residual: Tensor
     rejects: Mapping[str, Tensor] = field(default_factory=dict)
+    contraction: float | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -51,6 +53,28 @@ class Solution:
     def nonfinite(self) -> Tensor:
         """``(B,)`` bool: which samples ended NONFINITE."""
         return self.status == int(Status.NONFINITE)
+
+    @property
+    def error_bound(self) -> Tensor | None:
+        """``(B,)``: what ``|value - z*|``, 2-norm, cannot exceed; None where that is not known.
+
+        It is known where the map contracts for certain, by s < 1 (``weight="orthogonal"`` with a
+        scale below 1 and a nonexpansive activation, say): ``|z - z*| <= |f(z) - z| / (1 - s)``. The
+        rounding of one evaluation, of the weight and of ``value`` is allowed for by 8 units in the
+        last place of ``value``. Infinite where the residual is 1 or more.
+        """
+        if self.contraction is None or not isinstance(self.value, Tensor):
+            return None
+        eps = torch.finfo(self.value.dtype).eps
+        s = self.contraction * (1 + 8 * eps)
+        if s >= 1:
+            return None
+        size = torch.linalg.vector_norm(self.value.flatten(1).to(self.residual.dtype), dim=1)
+        # |r| <= residual (|f(z)| + 1e-9) and |f(z)| <= |z| + |r|.
+        left = 1 - self.residual
+        length = torch.where(left > 0, self.residual * (size + 1e-9) / left, torch.inf)
+        bound: Tensor = (length + 8 * eps * size) / (1 - s)
+        return bound
 
     def with_value(self, value: Any) -> Solution:
         """The same solution with its value in another form."""

@@ -1,8 +1,9 @@
 """Recurrent weights: initialisation, parametrisation, tags and norm bounds of the three families.
 
 A weight is a module whose ``forward()`` returns W ``(d, d)``. It may state what it knows of W, and
-solvers follow it: ``tags`` (a frozenset of "orthogonal", "symmetric") and ``norm_bound()`` (a bound
-on the 2-norm of W that holds at any time in training, or None). Any module of this shape serves as
+solvers follow it: ``tags`` (a frozenset of "orthogonal", "symmetric"), ``norm_bound()`` (a bound on
+the 2-norm of W that holds at any time in training, or None) and, for symmetric W,
+``eigenvalue_bound()`` (the same for its largest eigenvalue). Any module of this shape serves as
 ``AffineCell(weight=...)``.
 
 Scale: the spectral radius in the limit of large d. Circular law for dense entries of variance
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import reference
 from .choices import check_choice
+from .parametrizations import OrthogonalMap, SymmetricMap, orthogonal_factor
 
 
 class Dense(nn.Module):
@@ -85,54 +88,102 @@ class _Structured(Dense):
         return f"{super().extra_repr()}, parametrized={self.parametrized}"
 
 
-def orthogonal_factor(raw: Tensor) -> Tensor:
-    """Q of ``raw = Q R`` with a positive diagonal of R: unique and differentiable for regular raw.
-
-    Haar distributed where raw has independent normal entries (Mezzadri, Notices AMS 54 (2007) 592).
-    Runs in float32 for narrower dtypes, which have no QR.
-    """
-    wide = raw if raw.dtype == torch.float64 else raw.float()
-    with torch.autocast(raw.device.type, enabled=False):
-        q, r = torch.linalg.qr(wide)
-        sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-        factor: Tensor = (q * sign).to(raw.dtype)
-        return factor
-
-
 class Orthogonal(_Structured):
     """``W = scale * Q``, Q orthogonal and Haar distributed at initialisation.
 
     ``parametrized=True`` trains an unconstrained matrix whose QR factor is Q, so W stays orthogonal
     and its norm stays ``scale``; ``parametrized=False`` trains W itself from an orthogonal start.
+    The unconstrained matrix starts at Q too, perfectly conditioned. Q is kept until it changes.
+
+    Args:
+        features: d.
+        scale: every singular value of W.
+        max_scale: the scale is learned and stays below this: ``max_scale * sigmoid(raw_scale)``,
+            starting at ``scale``. None: it is fixed.
+        parametrized, device, dtype: as above, and of the parameters.
+
+    Raises:
+        ValueError: ``max_scale`` without ``parametrized``, not finite, or not above
+            ``scale > 0``.
     """
 
     structure = "orthogonal"
     stored_scale: Tensor
+    raw_scale: nn.Parameter
 
-    def __init__(self, features: int, scale: float, **options: Any):
+    def __init__(
+        self, features: int, scale: float, *, max_scale: float | None = None, **options: Any
+    ):
+        if max_scale is not None:
+            _check_max_scale(scale, max_scale, options.get("parametrized", True))
         super().__init__(features, scale, **options)
-        if self.parametrized:  # W depends on the scale, so a state_dict carries it
-            stored = torch.tensor(self.scale, device=self.weight.device, dtype=self.weight.dtype)
-            self.register_buffer("stored_scale", stored)
+        self.map = OrthogonalMap()
+        self.max_scale = None if max_scale is None else float(max_scale)
+        # W depends on the scale, so a state_dict carries it.
+        if self.max_scale is not None:
+            self.raw_scale = nn.Parameter(self.weight.new_empty(()))
+            self._reset_scale()
+            self.register_buffer("stored_max_scale", self.weight.new_tensor(self.max_scale))
+        elif self.parametrized:
+            self.register_buffer("stored_scale", self.weight.new_tensor(self.scale))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.weight.normal_()
+        self.weight.copy_(orthogonal_factor(self.weight))
         if not self.parametrized:
-            self.weight.copy_(self.compose(self.weight))
+            self.weight.mul_(self.scale)
+        elif getattr(self, "max_scale", None) is not None:
+            self._reset_scale()
+
+    @torch.no_grad()
+    def _reset_scale(self) -> None:
+        assert self.max_scale is not None
+        wide = torch.promote_types(self.raw_scale.dtype, torch.float32)
+        self.raw_scale.fill_(math.log(self.scale / (_below(self.max_scale, wide) - self.scale)))
 
     def norm_bound(self) -> float | None:
-        return abs(self.scale) if self.parametrized else None
+        if not self.parametrized:
+            return None
+        return abs(self.scale) if self.max_scale is None else self.max_scale
+
+    def current_scale(self) -> float | Tensor:
+        """The scale now: a float, or a tensor where it is learned."""
+        if self.max_scale is None:
+            return self.scale
+        raw = self.raw_scale.to(torch.promote_types(self.raw_scale.dtype, torch.float32))
+        return _below(self.max_scale, raw.dtype) * torch.sigmoid(raw)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A rounded copy of the own scale (a module in bfloat16) leaves the exact one in place.
-        loaded = state_dict.get(f"{prefix}stored_scale")
-        if loaded is not None and float(loaded) != float(self.stored_scale):
-            self.scale = float(loaded)
+        for name in ("scale", "max_scale"):
+            stored = getattr(self, f"stored_{name}", None)
+            loaded = state_dict.get(f"{prefix}stored_{name}")
+            if stored is not None and loaded is not None and float(loaded) != float(stored):
+                setattr(self, name, float(loaded))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compose(self, raw: Tensor) -> Tensor:
-        return self.scale * orthogonal_factor(raw)
+        return self.current_scale() * self.map.orthogonal(raw)
+
+    def extra_repr(self) -> str:
+        learned = "" if self.max_scale is None else f", max_scale={self.max_scale}"
+        return super().extra_repr() + learned
+
+
+def _below(bound: float, dtype: torch.dtype) -> float:
+    # Where the sigmoid is rounded to 1, the product must not be rounded up.
+    return bound * (1 - torch.finfo(dtype).eps)
+
+
+def _check_max_scale(scale: float, max_scale: float, parametrized: bool) -> None:
+    if not parametrized:
+        raise ValueError("max_scale needs parametrized=True: otherwise W itself is learned.")
+    if not 0 < scale < _below(max_scale, torch.float32) < math.inf:
+        raise ValueError(
+            "a learned scale starts inside its bound: 0 < scale < max_scale < infinity is needed, "
+            f"got scale={scale!r} and max_scale={max_scale!r}."
+        )
 
 
 class Symmetric(_Structured):
@@ -140,18 +191,48 @@ class Symmetric(_Structured):
 
     ``parametrized=True`` trains A with ``W = (A + A^T) / 2``, exactly symmetric at all times;
     ``parametrized=False`` trains W itself from a symmetric start.
+
+    Args:
+        features: d.
+        scale: spectral radius at the start, in the limit of large d.
+        max_eigenvalue: b > 0: ``W = S min(1, b / lambda_max(S))`` with S as above. With b < 1 and a
+            monotone, nonexpansive activation the equilibrium is unique. None: no bound.
+        parametrized, device, dtype: as above, and of the parameters.
+
+    Raises:
+        ValueError: ``max_eigenvalue`` without ``parametrized``, or not positive and finite.
     """
 
     structure = "symmetric"
+
+    def __init__(
+        self, features: int, scale: float, *, max_eigenvalue: float | None = None, **options: Any
+    ):
+        if max_eigenvalue is not None and not options.get("parametrized", True):
+            raise ValueError(
+                "max_eigenvalue needs parametrized=True: otherwise W itself is learned."
+            )
+        bounded = SymmetricMap(max_eigenvalue)
+        super().__init__(features, scale, **options)
+        self.map = bounded
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.weight.normal_(std=self.scale / math.sqrt(2 * self.features))
         if not self.parametrized:
-            self.weight.copy_(self.compose(self.weight))
+            self.weight.copy_(reference.symmetric_part(self.weight))
+
+    def eigenvalue_bound(self) -> float | None:
+        """What no eigenvalue of W exceeds at any time in training, or None."""
+        return self.map.max_eigenvalue
 
     def compose(self, raw: Tensor) -> Tensor:
-        return (raw + raw.t()) / 2
+        bounded: Tensor = self.map(raw)
+        return bounded
+
+    def extra_repr(self) -> str:
+        bound = self.map.max_eigenvalue
+        return super().extra_repr() + ("" if bound is None else f", max_eigenvalue={bound}")
 
 
 WEIGHTS: dict[str, type[Dense]] = {"dense": Dense, "orthogonal": Orthogonal, "symmetric": Symmetric}

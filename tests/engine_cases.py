@@ -59,10 +59,10 @@ class Forward:
         return *first, *affine.encode(call.solver), call.tol, call.max_iter, call.precision
 
     def engine(self, call: Call, slope: bool = True) -> Outputs:
-        return Outputs(*torch.ops.fastdeq.solve_affine(*self._arguments(call), slope))
+        return Outputs(*torch.ops.fastdeq.solve_affine(*self._arguments(call), slope)[:6])
 
     def reference(self, call: Call, slope: bool = True) -> Outputs:
-        return Outputs(*affine.solve_affine(*self._arguments(call), slope))
+        return Outputs(*affine.solve_affine(*self._arguments(call), slope)[:6])
 
     def double(self) -> Forward:
         start = None if self.start is None else self.start.double()

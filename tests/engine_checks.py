@@ -14,8 +14,9 @@ from torch import Tensor
 from fastdeq import affine, driver
 from fastdeq.solution import Status
 from fastdeq.solvers import Anderson, Solver
+from fastdeq.solvers.base import RESIDUAL_EPS
 
-EPS = driver.RESIDUAL_EPS
+EPS = RESIDUAL_EPS
 # Rounding reaches the weights of Anderson acceleration magnified by the condition of its least
 # squares. On two thousand fresh problems 1 was enough.
 AMPLIFICATION = 3.0

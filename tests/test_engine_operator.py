@@ -44,7 +44,7 @@ BAD_FORWARD = {
     "floating-point": {"injection": C.int()},
     "unknown activation": {"activation": "tanhh"},
     "unknown solver": {"solver": "newton"},
-    "takes 1 option": {"options": [1.0, 2.0]},
+    "takes 2 options": {"options": [1.0, 2.0, 3.0]},
     "takes 7 options": {"solver": "anderson", "options": [5.0]},
     "window": {"solver": "anderson", "options": [0.0, *encode(Anderson())[1][1:]]},
     "precision must be": {"precision": "bfloat16"},
@@ -61,7 +61,7 @@ def test_bad_arguments_of_the_forward_solve(message):
         "start": None,
         "activation": "tanh",
         "solver": "picard",
-        "options": [1.0],
+        "options": [1.0, 0.0],
         "tol": 1e-3,
         "max_iter": 9,
         "precision": "auto",
@@ -83,13 +83,15 @@ BAD_ADJOINT = {
 @pytest.mark.parametrize("message", BAD_ADJOINT)
 def test_bad_arguments_of_the_adjoint_solve(message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastdeq.solve_affine_adjoint(*BAD_ADJOINT[message], "neumann", [1.0], 1e-3, 9)
+        torch.ops.fastdeq.solve_affine_adjoint(
+            *BAD_ADJOINT[message], "neumann", [1.0, 0.0], 1e-3, 9
+        )
 
 
 @pytest.mark.parametrize("batch", [0, 3])
 def test_unknown_precision_is_refused_whoever_solves(batch):
     """The engine leaves GMRES, and empty batches, to the plain PyTorch form."""
     grad = torch.ones(batch, 4)
-    for name, options in (("neumann", [1.0]), encode(GMRES())):
+    for name, options in (("neumann", [1.0, 0.0]), encode(GMRES())):
         with pytest.raises(RuntimeError, match="precision must be"):
             torch.ops.fastdeq.solve_affine_adjoint(W, grad, grad, name, options, 1e-3, 9, "half")

@@ -66,3 +66,15 @@ def test_custom_module(tmp_path):
         int(re.search(rf"{start} start: .*to (\d+);", done.stdout)[1]) for start in ("zero", "warm")
     )
     assert warm < zero
+
+
+def test_structured_weights(tmp_path):
+    done = run("structured_weights.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = re.findall(r"^(.{20}) .* (\d+\.\d)% +(\S+)  (\S+) \+- (\S+)$", done.stdout, re.MULTILINE)
+    assert len(rows) == 4
+    for _, accuracy, _, radius, error in rows:
+        assert float(accuracy) > 94
+        assert float(radius) < 1.1
+        assert float(error) <= 2e-2

@@ -284,8 +284,10 @@ def test_user_solver_with_options_of_its_own():
 def test_auto_takes_plain_iteration_only_on_a_certain_contraction():
     for activation, scale, plain in (
         ("tanh", 0.85, True),
-        ("gelu", 0.85, False),  # its slope reaches 1.129: 0.96
-        ("tanh", 0.95, False),
+        ("gelu", 0.85, True),  # its slope reaches 1.129: 0.96
+        ("gelu", 0.9, False),  # 1.016
+        ("tanh", 0.99, True),
+        ("tanh", 1.0, False),
         ("sigmoid", 3.0, True),  # its slope is at most 1/4: 0.75
     ):
         cell = AffineCell(5, 8, activation=activation, weight="orthogonal", scale=scale)

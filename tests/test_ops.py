@@ -206,4 +206,11 @@ def test_opcheck_solve_affine_adjoint(dtype, solver, form):
 
 def test_every_operator_is_checked_here():
     solves = {"solve_affine", "solve_affine_adjoint"}
-    assert set(ops.SCHEMAS) == {"anderson_mix", *solves, *(f"{name}_reference" for name in solves)}
+    others = {"anderson_mix", "symmetric_part"}
+    assert set(ops.SCHEMAS) == {*others, *solves, *(f"{name}_reference" for name in solves)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_symmetric_part(dtype):
+    a = torch.randn(5, 5, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastdeq.symmetric_part, (a,))

@@ -12,6 +12,10 @@ def orthogonality_error(w, scale):
     return (q.T @ q - torch.eye(len(q), dtype=q.dtype)).abs().max().item()
 
 
+def largest_eigenvalue(w):
+    return torch.linalg.eigvalsh(w.detach().double())[-1].item()
+
+
 def spectral_radius(w):
     return torch.linalg.eigvals(w.double()).abs().max().item()
 
@@ -63,22 +67,117 @@ def test_gradient_with_respect_to_the_raw_parameter(family):
     assert torch.autograd.gradgradcheck(module.compose, (raw,))
 
 
+@pytest.mark.parametrize("features", [24, 160])  # 160: the blocked factorisation
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
-def test_parametrized_weights_keep_their_structure_for_a_thousand_steps(optimizer):
-    orthogonal, symmetric = Orthogonal(24, 1.3), Symmetric(24, 1.3)
-    target = torch.randn(24, 24)
-    steps = optimizer([*orthogonal.parameters(), *symmetric.parameters()], lr=1e-2)
+def test_parametrized_weights_keep_their_structure_for_a_thousand_steps(optimizer, features):
+    orthogonal, symmetric = Orthogonal(features, 1.3), Symmetric(features, 1.3)
+    bounded = Symmetric(features, 1.3, max_eigenvalue=0.99)
+    modules = (orthogonal, symmetric, bounded)
+    target = torch.randn(features, features)
+    steps = optimizer([p for m in modules for p in m.parameters()], lr=1e-2)
     start = orthogonal().detach()
     for _ in range(1000):
         steps.zero_grad()
-        ((orthogonal() - target) ** 2).sum().add(((symmetric() - target) ** 2).sum()).backward()
+        sum(((m() - target) ** 2).sum() for m in modules).backward()
         steps.step()
     assert (orthogonal().detach() - start).norm() > 0.1
     assert orthogonality_error(orthogonal().detach(), 1.3) < 1e-6
-    assert torch.equal(symmetric(), symmetric().T)
+    for m in (symmetric, bounded):
+        assert torch.equal(m(), m().T)
+        assert m.tags == {"symmetric"}
+    assert largest_eigenvalue(bounded()) <= 0.99
+    assert largest_eigenvalue(symmetric()) > 0.99
     assert orthogonal.norm_bound() == 1.3
     assert orthogonal.tags == {"orthogonal"}
-    assert symmetric.tags == {"symmetric"}
+    assert symmetric.eigenvalue_bound() is None
+    assert bounded.eigenvalue_bound() == 0.99
+
+
+def test_the_parameter_of_an_orthogonal_weight_starts_at_its_factor():
+    module = Orthogonal(200, 0.9)
+    assert orthogonality_error(module.weight.detach(), 1.0) < 1e-6
+    torch.testing.assert_close(module(), 0.9 * module.weight, rtol=1e-5, atol=1e-6)
+    # Haar, as from a Gaussian matrix: E q_ij^4 = 3 / (d (d + 2)), and the entries' signs are fair.
+    q = torch.cat([Orthogonal(30, 1.0)().detach().flatten() for _ in range(200)])
+    assert (q**4).mean().item() == pytest.approx(3 / (30 * 32), rel=0.05)
+    assert q.mean().abs() < 5 / 30**0.5 / len(q) ** 0.5
+
+
+def test_learned_scale_starts_where_told_and_stays_inside_its_bound():
+    module = Orthogonal(12, 0.7, max_scale=0.99)
+    assert orthogonality_error(module().detach(), 0.7) < 2e-6
+    assert module.norm_bound() == 0.99
+    assert type(module.norm_bound()) is float
+    assert set(dict(module.named_parameters())) == {"weight", "raw_scale"}
+    steps = torch.optim.SGD(module.parameters(), lr=10.0)
+    for _ in range(200):
+        steps.zero_grad()
+        (-module().square().sum()).backward()
+        steps.step()
+    assert 0.98 < module.current_scale() <= 0.99
+    assert torch.linalg.matrix_norm(module().detach().double(), 2) <= 0.99 * (1 + 1e-6)
+    module.raw_scale.data.fill_(1e4)
+    assert module.current_scale().item() <= 0.99
+    module.raw_scale.data.fill_(-1e4)
+    assert module().abs().max() == 0
+    module.reset_parameters()
+    assert module.current_scale().item() == pytest.approx(0.7, rel=1e-6)
+
+
+def test_learned_scale_has_gradients_and_travels_in_the_state_dict():
+    module = Orthogonal(4, 0.6, max_scale=0.9, dtype=torch.float64)
+
+    def weight(raw, raw_scale):
+        return torch.func.functional_call(module, {"weight": raw, "raw_scale": raw_scale})
+
+    inputs = [p.detach().clone().requires_grad_() for p in (module.weight, module.raw_scale)]
+    assert torch.autograd.gradcheck(weight, inputs)
+    assert torch.autograd.gradgradcheck(weight, inputs)
+    twin = Orthogonal(4, 0.1, max_scale=0.3, dtype=torch.float64)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(), module())
+    assert twin.norm_bound() == 0.9
+    layer = DEQLayer(AffineCell(3, 4, weight=Orthogonal(4, 0.5, max_scale=0.9)))
+    assert layer.cell.structure().contraction == 0.9
+    layer(torch.randn(2, 3)).sum().backward()
+    assert layer.cell.weight.raw_scale.grad.abs() > 0
+
+
+def test_learned_scale_in_bfloat16():
+    module = Orthogonal(8, 0.5, max_scale=0.99).bfloat16()
+    assert module().dtype == torch.bfloat16
+    module().sum().backward()
+    assert module.raw_scale.grad.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("scale", "max_scale"),
+    [(0.9, 0.9), (1.0, 0.99), (0.0, 0.9), (-0.5, 0.9), (0.5, float("inf")), (0.5, float("nan"))],
+)
+def test_learned_scale_outside_its_bound(scale, max_scale):
+    with pytest.raises(ValueError, match="0 < scale < max_scale"):
+        Orthogonal(4, scale, max_scale=max_scale)
+
+
+def test_bounds_need_a_parametrisation():
+    with pytest.raises(ValueError, match="parametrized=True"):
+        Orthogonal(4, 0.5, max_scale=0.9, parametrized=False)
+    with pytest.raises(ValueError, match="parametrized=True"):
+        Symmetric(4, 0.5, max_eigenvalue=0.9, parametrized=False)
+    with pytest.raises(ValueError, match="max_eigenvalue must be positive"):
+        Symmetric(4, 0.5, max_eigenvalue=-1.0)
+    assert Symmetric(4, 0.5, parametrized=False).eigenvalue_bound() is None
+
+
+def test_a_bounded_symmetric_weight_has_one_equilibrium():
+    # z -> z + a (tanh(W z + c) - z) with a small a converges from anywhere; eigenvalues from -6.
+    w = Symmetric(30, 6.0, max_eigenvalue=0.9, dtype=torch.float64)().detach()
+    assert torch.linalg.eigvalsh(w)[0] < -0.8
+    c = torch.randn(30, dtype=torch.float64)
+    z = 5 * torch.randn(3, 30, dtype=torch.float64)
+    for _ in range(4000):
+        z = z + 0.1 * (torch.tanh(z @ w + c) - z)
+    torch.testing.assert_close(z, z[:1].expand(3, 30), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", [Orthogonal, Symmetric])
@@ -149,3 +248,24 @@ def test_scale_of_an_orthogonal_weight_travels_in_the_state_dict():
 def test_a_scale_that_is_none_says_what_is_needed(weight, scale):
     with pytest.raises(ValueError, match="finite scale >= 0"):
         AffineCell(4, 8, weight=weight, scale=scale)
+
+
+class Tagged(torch.nn.Module):
+    """A user's weight with a tag."""
+
+    tags = frozenset({"symmetric"})
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self):
+        return self.weight
+
+
+def test_a_weight_that_is_not_what_its_tag_says_is_refused():
+    w = torch.randn(6, 6)
+    layer = DEQLayer(AffineCell(3, 6, weight=Tagged(w + w.T)))
+    layer(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="but its W is not"):
+        DEQLayer(AffineCell(3, 6, weight=Tagged(w)))(torch.randn(2, 3))

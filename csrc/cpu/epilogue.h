@@ -2,8 +2,9 @@
 //
 //   exact    pre  = product + c, value = phi(pre), adjoint: D pre
 //   narrow   pre += change_scale product; the product does not read the point, so a line without
-//            acceleration has it replaced by the next one, and value by the change
-//   sums = |f(point) - point|^2, |f(point)|^2, of this panel
+//            history has it replaced by the next one, and value (heavy ball: last) by the change
+//   direction, exact or narrow: value = product, nothing else
+//   sums = |f(point) - point|^2, |f(point)|^2, of this panel, and the largest entry of the change
 //
 // The product comes from a buffer in the first-level cache; everything else is read and written
 // once.
@@ -12,15 +13,10 @@
 
 #include "activations.h"
 #include "line.h"
+#include "sums.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
-
-template <typename T>
-inline Vec<T> keep_first(Vec<T> v, int64_t n) {
-  for (int64_t i = n; i < kLanes<T>; ++i) v[i] = 0;
-  return v;
-}
 
 template <typename Activation>
 struct Forward {
@@ -43,8 +39,17 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
               int64_t end) {
   const T* base = kNarrow ? line.pre : line.injection;
   const bool in_place = kNarrow && line.plain, damped = task.damping != 1;
+  const bool heavy = line.mode == Mode::kMomentum;
   const Vec<T> damping = splat<T>(T(task.damping)), scale = splat<T>(T(line.change_scale));
-  Vec<T> square_difference = {}, square_value = {};
+  const Vec<T> omega = splat<T>(T(line.omega)), momentum = splat<T>(T(line.omega - 1));
+  if (line.mode == Mode::kDirection) {
+    for (int64_t j = begin; j < end; j += kLanes<T>) {
+      const Vec<T> v = load(product + (j - begin));
+      store(line.value + j, kNarrow ? v * scale : v);
+    }
+    return;
+  }
+  Vec<T> square_difference = {}, square_value = {}, largest = {};
   for (int64_t j = begin; j < end; j += kLanes<T>) {
     Vec<T> pre = load(product + (j - begin));
     pre = kNarrow ? pre * scale + load(base + j) : pre + load(base + j);
@@ -54,17 +59,28 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
     square_difference += difference * difference;
     square_value += value * value;
     store(line.pre + j, pre);
-    if (in_place) {
+    if (in_place && heavy) {
+      const Vec<T> change = omega * difference + momentum * load(line.last + j);
+      largest = max(largest, abs(change));
+      store(line.point + j, point + change);
+      store(line.last + j, change);
+    } else if (in_place) {
       const Vec<T> change = damped ? damping * difference : difference;
+      largest = max(largest, abs(change));
       store(line.point + j, damped ? point + change : value);
       store(line.value + j, change);
     } else {
       store(line.value + j, value);
     }
   }
-  double* sums = line.sums + 2 * (begin / kPanel<T>);
+  double* sums = line.sums + kSums * (begin / kPanel<T>);
   sums[0] = double(sum(square_difference));
   sums[1] = double(sum(square_value));
+  if (in_place) {
+    T most = 0;
+    for (int i = 0; i < kLanes<T>; ++i) most = largest[i] > most ? largest[i] : most;
+    sums[2] = double(most);
+  }
 }
 
 template <typename T>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "epilogue.h"
+#include "triangle.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -56,6 +57,57 @@ void evaluate_panels(void* context, int64_t first_panel, int64_t last_panel) {
       for (int r = 0; r < count; ++r) {
         e.epilogue(e.task, *e.lines[i + r], product + r * kPanel<T>, j, end);
       }
+    }
+  }
+}
+
+// The same with the triangle of a symmetric weight: parts of the product, then what follows it.
+template <typename T>
+struct TriangleEvaluation {
+  const SolveTask<T>& task;
+  Line<T>* const* lines;
+  const void* const* rows;
+  int64_t count;  // at most kTriangleRows
+  Epilogue<T> epilogue;
+  T* products;  // (parts, count, stride)
+};
+
+template <typename T>
+void evaluate_triangle_parts(void* context, int64_t first, int64_t last) {
+  const auto& e = *static_cast<const TriangleEvaluation<T>*>(context);
+  const int64_t size = e.task.size, stride = stride_of<T>(size), parts = e.task.triangle_parts;
+  const int64_t row_stride = e.task.input_stride == 1 ? e.task.output_stride : e.task.input_stride;
+  for (int64_t part = first; part < last; ++part) {
+    T* products[kTriangleRows];
+    for (int64_t i = 0; i < e.count; ++i) {
+      products[i] = e.products + (part * e.count + i) * stride;
+      for (int64_t j = 0; j < stride; ++j) products[i][j] = 0;
+    }
+    const auto multiply = e.count == 1 ? &multiply_triangle<T, 1> : &multiply_triangle<T, 2>;
+    multiply(e.task.weight, row_stride, size, triangle_row(size, part, parts),
+             triangle_row(size, part + 1, parts), reinterpret_cast<const T* const*>(e.rows),
+             products);
+  }
+}
+
+template <typename T>
+void evaluate_triangle(TriangleEvaluation<T> e) {
+  const int64_t size = e.task.size, stride = stride_of<T>(size), parts = e.task.triangle_parts;
+  if (parts > 1) {
+    e.task.parallel_for(parts, &e, &evaluate_triangle_parts<T>);
+  } else {
+    evaluate_triangle_parts<T>(&e, 0, 1);
+  }
+  for (int64_t i = 0; i < e.count; ++i) {
+    T* const product = e.products + i * stride;
+    for (int64_t part = 1; part < parts; ++part) {
+      const T* const more = e.products + (part * e.count + i) * stride;
+      for (int64_t j = 0; j < size; j += kLanes<T>) {
+        store(product + j, load(product + j) + load(more + j));
+      }
+    }
+    for (int64_t j = 0; j < size; j += kPanel<T>) {
+      e.epilogue(e.task, *e.lines[i], product + j, j, size < j + kPanel<T> ? size : j + kPanel<T>);
     }
   }
 }

@@ -13,6 +13,13 @@ namespace FASTDEQ_TARGET {
 
 enum class Kind : int8_t { kExact, kBfloat16, kBytes };
 
+// What a line evaluates: an iterate of plain or Anderson steps, one of heavy-ball steps, the first
+// iterate of a descent or Krylov space, a direction of conjugate gradients or Lanczos vector (the
+// product alone), a trial of the descent or an iterate that MINRES wants verified.
+enum class Mode : int8_t { kSteps, kMomentum, kOpen, kDirection, kTrial };
+
+constexpr int kWork = 8;  // most buffers of a structured solver
+
 template <typename T>
 struct Line {
   // (size): the point of evaluation, its value f(point), its pre-activation W point + c.
@@ -24,13 +31,15 @@ struct Line {
   T* injection;
   T* slope;           // adjoint only
   std::byte* change;  // ramp only: the next point minus this one, in bytes or bfloat16
+  T* last;            // heavy ball only: the last change of the point
+  T* work[kWork];     // see energy_line.h and minres_line.h
   T* f_history;       // Anderson only: (window + 1, stride) each
   T* g_history;
   double* gram;  // (window + 1, window + 1)
 
   int64_t sample;
   T row_norm, largest;         // what the result is multiplied by
-  double* sums;                // (panels, 2): |f(point) - point|^2 and |f(point)|^2 of each
+  double* sums;                // (panels, kSums), see epilogue.h
   double norm, previous_norm;  // |f(point) - point|, now and one evaluation before
   T best_residual;
   int32_t iterations;
@@ -40,7 +49,19 @@ struct Line {
   double trusted_norm;
   bool plain;  // no acceleration yet
   bool accelerated;
-  int32_t rejects[kCounters];
+  int32_t rejects[kMostCounters];
+
+  Mode mode;
+  double radius, omega, led;  // heavy ball: estimate, omega of the next step, of the last one
+  double mark;                // residual norm to be halved
+  int32_t since;              // evaluations since it was set
+
+  double square, enough, t;  // energy: |residual|^2 of conjugate gradients, its goal, step length
+  int32_t made, halvings;    // directions, and halvings of t
+  // MINRES: the last off-diagonal entry, the last rotation, entries rotated once, the residual
+  // estimate, the part of the tolerance aimed at.
+  double beta, cosine, sine, diagonal, corner, phi, aim;
+  bool exhausted;  // the Krylov space
 
   Kind next;             // how the next evaluation is made
   Kind narrowest;        // how it may be made
@@ -56,19 +77,38 @@ int64_t stride_of(int64_t size) {
   return round_up<T>(size) + 64 / int64_t(sizeof(T));
 }
 
+template <typename P>
+void swap(P*& a, P*& b) {
+  P* const c = a;
+  a = b;
+  b = c;
+}
+
+template <typename T>
+void copy(int64_t size, const T* from, T* to) {
+  for (int64_t j = 0; j < size; j += kLanes<T>) store(to + j, load(from + j));
+}
+
+constexpr int kSums = 3;
 constexpr int kBuffers = 7;  // point, value, pre, best, best_pre, injection, slope
+
+template <typename T>
+int64_t buffers(const SolveTask<T>& task) {
+  const int work = task.solver == Solver::kEnergy ? 7 : task.solver == Solver::kMinres ? 6 : 0;
+  return kBuffers + task.momentum + work;
+}
 
 inline int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <typename T>
 int64_t sums_bytes(const SolveTask<T>& task) {
-  return align(panels<T>(task.size) * 2 * int64_t(sizeof(double)));
+  return align(panels<T>(task.size) * kSums * int64_t(sizeof(double)));
 }
 
 template <typename T>
 int64_t line_bytes(const SolveTask<T>& task) {
   const int64_t row = stride_of<T>(task.size) * int64_t(sizeof(T)), slots = task.window + 1;
-  int64_t bytes = sums_bytes(task) + kBuffers * row;
+  int64_t bytes = sums_bytes(task) + buffers(task) * row;
   if (task.ramp) bytes += align(2 * stride_of<T>(task.size));
   if (task.window > 0) bytes += 2 * slots * row + align(slots * slots * int64_t(sizeof(double)));
   return bytes;
@@ -81,21 +121,28 @@ int64_t small_bytes(const SolveTask<T>& task) {
   return align((slots * slots + slots) * int64_t(sizeof(double)));
 }
 
+// Products with the triangle: a row for each line and part.
+template <typename T>
+int64_t triangle_bytes(const SolveTask<T>& task) {
+  return task.triangle_parts * task.lines * stride_of<T>(task.size) * int64_t(sizeof(T));
+}
+
 template <typename T>
 int64_t scratch_bytes(const SolveTask<T>& task) {
   const int64_t tables = align(task.lines * int64_t(sizeof(Line<T>))) +
                          align(task.lines * int64_t(sizeof(int32_t))) +
                          2 * align(task.lines * int64_t(sizeof(void*)));
-  return tables + small_bytes(task) + task.lines * line_bytes(task);
+  return tables + small_bytes(task) + triangle_bytes(task) + task.lines * line_bytes(task);
 }
 
 template <typename T>
 void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   const int64_t stride = stride_of<T>(task.size), slots = task.window + 1;
+  const int64_t rows = buffers(task);
   line.sums = reinterpret_cast<double*>(at);
   at += sums_bytes(task);
   T* row = reinterpret_cast<T*>(at);
-  for (int64_t i = 0; i < kBuffers * stride; ++i) row[i] = 0;
+  for (int64_t i = 0; i < rows * stride; ++i) row[i] = 0;
   line.point = row;
   line.value = row + stride;
   line.pre = row + 2 * stride;
@@ -103,7 +150,11 @@ void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   line.best_pre = row + 4 * stride;
   line.injection = row + 5 * stride;
   line.slope = row + 6 * stride;
-  at += kBuffers * stride * int64_t(sizeof(T));
+  row += kBuffers * stride;
+  line.last = row;
+  if (task.momentum) row += stride;
+  for (int i = 0; i < kWork; ++i) line.work[i] = row + i * stride;
+  at += rows * stride * int64_t(sizeof(T));
   line.change = at;
   if (task.ramp) {
     const int64_t bytes = align(2 * stride);

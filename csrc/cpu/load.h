@@ -1,8 +1,8 @@
-// Puts a sample into a line.
+// Puts a sample into a line, and its result where it belongs.
 
 #pragma once
 
-#include "line.h"
+#include "epilogue.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -17,8 +17,16 @@ void reset(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
   fresh.slot = fresh.count = 0;
   fresh.trusted_norm = __builtin_inf();
   fresh.plain = task.window == 0 || task.accelerate_above > 0;
+  fresh.mode = task.momentum                    ? Mode::kMomentum
+               : task.solver == Solver::kEnergy ? Mode::kOpen
+               : task.solver == Solver::kMinres ? Mode::kOpen
+                                                : Mode::kSteps;
+  fresh.radius = task.radius;
+  fresh.omega = fresh.led = 1;
+  fresh.mark = __builtin_inf();
+  fresh.since = 0;
   fresh.accelerated = false;
-  for (int i = 0; i < kCounters; ++i) fresh.rejects[i] = 0;
+  for (int i = 0; i < kMostCounters; ++i) fresh.rejects[i] = 0;
   fresh.next = Kind::kExact;
   fresh.narrowest = task.ramp ? Kind::kBytes : Kind::kExact;
   fresh.change_scale = 1;
@@ -48,6 +56,8 @@ bool load_sample(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
     fresh.injection[j] = task.injection[offset + j];
     fresh.point[j] = fresh.best[j] = zero ? 0 : task.start[offset + j];
     fresh.best_pre[j] = 0;
+    if (task.momentum) fresh.last[j] = 0;
+    if (task.solver == Solver::kMinres) fresh.work[0][j] = fresh.work[1][j] = 0;
   }
   if (task.slope == nullptr) return zero;
   bool dead = true;
@@ -96,6 +106,25 @@ bool scale_to_unit(const SolveTask<T>& task, Line<T>& fresh) {
   fresh.row_norm = T(norm);
   fresh.largest = largest;
   return true;
+}
+
+template <typename T>
+void unload(const SolveTask<T>& task, const Line<T>& line, Status status) {
+  const int64_t size = task.size, offset = line.sample * size;
+  // A step at a time, as the product of the two may overflow.
+  for (int64_t j = 0; j < size; ++j) {
+    task.value[offset + j] = line.best[j] * line.row_norm * line.largest;
+  }
+  if (task.value_slope != nullptr && status == Status::kNonfinite) {
+    for (int64_t j = 0; j < size; ++j) task.value_slope[offset + j] = 0;
+  } else if (task.value_slope != nullptr) {
+    activate(task.activation, 1, line.best_pre, task.value_slope + offset, size);
+  }
+  task.status[line.sample] = int8_t(status);
+  task.iterations[line.sample] = line.iterations;
+  task.residual[line.sample] = line.best_residual;
+  const int counters = counters_of(task.solver);
+  for (int i = 0; i < counters; ++i) task.rejects[line.sample * counters + i] = line.rejects[i];
 }
 
 }  // namespace FASTDEQ_TARGET

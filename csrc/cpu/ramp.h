@@ -73,9 +73,10 @@ Kind next_kind(const SolveTask<T>& task, Line<T>& line, double relative) {
 
 #if defined(FASTDEQ_RAMP)
 
-// Rounds a - b, or a where b is null, to the line's `change`.
-inline void round_change(Line<float>& line, Kind kind, const float* a, const float* b,
-                         int64_t size) {
+// Rounds a - b, or a where b is null, to the line's `change`; `most` is its largest entry, or
+// negative where that is not known.
+inline void round_change(Line<float>& line, Kind kind, const float* a, const float* b, int64_t size,
+                         float most) {
   const int64_t padded = round_up<float>(size);
   const auto change = [=](int64_t j) {
     return b == nullptr ? load(a + j) : load(a + j) - load(b + j);
@@ -89,13 +90,16 @@ inline void round_change(Line<float>& line, Kind kind, const float* a, const flo
     }
     return;
   }
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t j = 0; j < padded; j += 16) {
-    largest = _mm512_max_ps(largest, _mm512_abs_ps((__m512)change(j)));
+  if (most < 0) {
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t j = 0; j < padded; j += 16) {
+      largest = _mm512_max_ps(largest, _mm512_abs_ps((__m512)change(j)));
+    }
+    float lanes[16];
+    _mm512_storeu_ps(lanes, largest);
+    most = 0;
+    for (const float lane : lanes) most = lane > most ? lane : most;
   }
-  float lanes[16], most = 0;
-  _mm512_storeu_ps(lanes, largest);
-  for (const float lane : lanes) most = lane > most ? lane : most;
   line.change_scale = most / 127;
   const float inverse = line.change_scale > 0 ? 1 / line.change_scale : 0;
   const __m512i zero = _mm512_set1_epi32(128);
@@ -107,6 +111,25 @@ inline void round_change(Line<float>& line, Kind kind, const float* a, const flo
 }
 
 #endif
+
+// Rounds a - b, or a without b, for the next evaluation; see round_change.
+template <typename T>
+void round_next(const SolveTask<T>& task, Line<T>& line, const T* a, const T* b, float most) {
+#if defined(FASTDEQ_RAMP)
+  if constexpr (sizeof(T) == 4) round_change(line, line.next, a, b, task.size, most);
+#endif
+}
+
+// The largest entry of the change that narrow evaluations in place have made.
+template <typename T>
+float largest_change(const SolveTask<T>& task, const Line<T>& line) {
+  double largest = 0;
+  for (int64_t panel = 0; panel < panels<T>(task.size); ++panel) {
+    const double one = line.sums[kSums * panel + 2];
+    largest = one > largest ? one : largest;
+  }
+  return float(largest);
+}
 
 }  // namespace FASTDEQ_TARGET
 }  // namespace fastdeq

@@ -18,13 +18,13 @@
 #include <tuple>
 
 #include "engine.h"
+#include "packed_weight.h"
 #include "solve_arguments.h"
 
 namespace fastdeq {
 namespace {
 
 // As in fastdeq/solvers and fastdeq/driver.py.
-constexpr int64_t kPatience = 50;
 constexpr double kResidualEps = 1e-9;
 
 // Samples that share a worker's pass over W, a multiple of kRows. 96 are up to a tenth faster when
@@ -44,7 +44,13 @@ constexpr int64_t kSharedProduct = int64_t(1) << 19;
 // Where the ramp wins; see docs/how-it-works.md for the measurements.
 constexpr int64_t kRampSize = 48;
 
-using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// Up to so many samples, and from that size on, a symmetric weight is not packed; of it the upper
+// triangle is read. See docs/how-it-works.md for the measurements.
+constexpr int64_t kTriangleBatch = 2;
+constexpr int64_t kTriangleSize = 512;
+
+using Forward =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Adjoint = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <typename T>
@@ -54,6 +60,10 @@ const EngineFor<T>& engine_for() {
   } else {
     return engine().for_double;
   }
+}
+
+at::Tensor packed_buffer(const at::Tensor& rows) {
+  return at::empty({packed_bytes(rows.size(1))}, rows.options().dtype(at::kByte));
 }
 
 struct Outputs {
@@ -74,15 +84,18 @@ void parallel_for(int64_t count, void* context, void (*body)(void*, int64_t, int
   at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-// `transposed`: products with W^T, as the forward map has them, instead of W.
+// `transposed`: products with W^T, as the forward map has them, instead of W. The weight is packed
+// into `buffer`, of packed_bytes, unless what is there will do and it is `kept` from the forward
+// solve.
 template <typename T>
 void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, bool transposed,
-         c10::string_view precision, Outputs& out) {
+         bool symmetric, c10::string_view precision, const at::Tensor& buffer, bool kept,
+         Outputs& out) {
   task.value = out.value.mutable_data_ptr<T>();
   task.status = out.status.mutable_data_ptr<int8_t>();
   task.iterations = out.iterations.mutable_data_ptr<int32_t>();
   task.residual = out.residual.mutable_data_ptr<T>();
-  if (method.window > 0) task.rejects = out.rejects.mutable_data_ptr<int32_t>();
+  if (counters_of(method.solver) > 0) task.rejects = out.rejects.mutable_data_ptr<int32_t>();
   task.batch = out.value.size(0);
   task.size = out.value.size(1);
 
@@ -90,13 +103,21 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   task.output_stride = weight.stride(transposed ? 0 : 1);
   task.input_stride = weight.stride(transposed ? 1 : 0);
   task.residual_eps = kResidualEps;
-  task.patience = kPatience;
+  task.patience = method.patience;
+  task.solver = method.solver;
+  task.fixed = method.fixed_iterations > 0;
+  if (task.fixed) task.max_iter = method.fixed_iterations;
+  task.momentum = method.momentum;
+  task.radius = method.radius;
+  task.most_directions = method.most_directions;
   task.damping = method.damping;
   task.window = method.window;
   task.safeguard = method.safeguard;
   task.accelerate_above = method.accelerate_above;
   task.anderson = method.anderson;
-  task.ramp = std::is_same_v<T, float> && has_ramp() && precision != "float32" &&
+  const bool triangle = symmetric && task.batch <= kTriangleBatch && task.size >= kTriangleSize &&
+                        precision != "mixed";
+  task.ramp = std::is_same_v<T, float> && has_ramp() && precision != "float32" && !triangle &&
               (precision == "mixed" || task.size >= kRampSize);
 
   const EngineFor<T>& engine = engine_for<T>();
@@ -117,27 +138,26 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   const int64_t one = engine.scratch_bytes(task);
   task.lines = std::min(each, std::clamp<int64_t>(kScratchBytes / workers / one, 1, kMostLines));
 
-  const auto bytes = weight.options().dtype(at::kByte);
-  const int64_t outputs = engine.padded(task.size), size = task.size;
-  const auto room = [&](int64_t count) { return at::empty({count * 4}, bytes); };
-  const at::Tensor packed = at::empty({outputs * size * int64_t(sizeof(T))}, bytes);
-  const at::Tensor packed_bfloat16 = room(task.ramp ? outputs * ((size + 1) / 2) : 0);
-  const at::Tensor packed_bytes = room(task.ramp ? outputs * ((size + 3) / 4) : 0);
-  const at::Tensor byte_scale = room(task.ramp ? 2 * outputs : 0);
-  const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, bytes);
-  task.packed = static_cast<T*>(packed.mutable_data_ptr());
-  task.packed_bfloat16 = static_cast<uint32_t*>(packed_bfloat16.mutable_data_ptr());
-  task.packed_bytes = static_cast<uint32_t*>(packed_bytes.mutable_data_ptr());
-  task.byte_scale = static_cast<float*>(byte_scale.mutable_data_ptr());
-  if (task.ramp) task.byte_offset = reinterpret_cast<int32_t*>(task.byte_scale + outputs);
+  if (triangle) task.triangle_parts = shared ? threads : 1;
+  const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, buffer.options());
   task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;
 
-  // A panel of a few hundred inputs is worth a thread.
-  const int64_t grain = workers > 1 || shared ? std::max<int64_t>(1, 1024 / task.size) : INT64_MAX;
-  at::parallel_for(0, engine.panels(task.size), grain,
-                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+  auto* const packed = static_cast<std::byte*>(const_cast<void*>(buffer.const_data_ptr()));
+  place_packed(task, packed, engine.padded(task.size));
+  auto* const header = reinterpret_cast<PackedHeader*>(packed);
+  const PackedHeader wanted = packed_header(task, &engine);
+  if (triangle) {
+    if (!kept) header->mark = 0;
+  } else if (!kept || !(*header == wanted)) {
+    // A panel of a few hundred inputs is worth a thread.
+    const int64_t grain =
+        workers > 1 || shared ? std::max<int64_t>(1, 1024 / task.size) : INT64_MAX;
+    at::parallel_for(0, engine.panels(task.size), grain,
+                     [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+    *header = wanted;
+  }
   if (workers == 1) {
     engine.work(task, 0);
     return;
@@ -150,7 +170,7 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
 Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
                      const std::optional<at::Tensor>& start, c10::string_view activation,
                      c10::string_view solver, at::ArrayRef<double> solver_options, double tol,
-                     int64_t max_iter, c10::string_view precision, bool slope) {
+                     int64_t max_iter, c10::string_view precision, bool slope, bool symmetric) {
   check_precision(precision);
   const Method method = read_method(solver, solver_options, max_iter);
   if (!method.served || injection.numel() == 0) {
@@ -158,15 +178,16 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
                                .findSchemaOrThrow("fastdeq::solve_affine_reference", "")
                                .typed<decltype(solve_affine)>();
     return op.call(weight, injection, start, activation, solver, solver_options, tol, max_iter,
-                   precision, slope);
+                   precision, slope, symmetric);
   }
   const at::Tensor given_start = start.value_or(at::Tensor());
   check_solve(weight, injection, given_start, "injection", "start");
   const at::ScalarType dtype = working_dtype({weight, injection, given_start});
   const at::Tensor w = prepare_weight(weight, dtype), c = prepare(injection, dtype);
   const at::Tensor z0 = given_start.defined() ? prepare(given_start, dtype) : at::Tensor();
-  Outputs out(c, dtype, method.window > 0 ? kCounters : 0);
+  Outputs out(c, dtype, counters_of(method.solver));
   at::Tensor value_slope = slope ? at::empty_like(c) : at::empty({0}, c.options());
+  const at::Tensor packed = packed_buffer(c);
   AT_DISPATCH_FLOATING_TYPES(dtype, "solve_affine", [&] {
     SolveTask<scalar_t> task;
     task.injection = c.const_data_ptr<scalar_t>();
@@ -175,40 +196,47 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
     task.tol = tol;
     task.max_iter = max_iter;
     task.value_slope = slope ? value_slope.mutable_data_ptr<scalar_t>() : nullptr;
-    run(task, method, w, true, precision, out);
+    run(task, method, w, true, symmetric, precision, packed, false, out);
   });
   return {out.value.to(injection.scalar_type()),
           out.status,
           out.iterations,
           out.residual,
           out.rejects,
-          value_slope};
+          value_slope,
+          symmetric ? packed : at::empty({0}, packed.options())};
 }
 
 Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
                              const at::Tensor& grad, c10::string_view solver,
                              at::ArrayRef<double> solver_options, double tol, int64_t max_iter,
-                             c10::string_view precision) {
+                             c10::string_view precision, bool symmetric,
+                             const std::optional<at::Tensor>& packed) {
   check_precision(precision);
   const Method method = read_method(solver, solver_options, max_iter);
   if (!method.served || grad.numel() == 0) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastdeq::solve_affine_adjoint_reference", "")
                                .typed<decltype(solve_affine_adjoint)>();
-    return op.call(weight, slope, grad, solver, solver_options, tol, max_iter, precision);
+    return op.call(weight, slope, grad, solver, solver_options, tol, max_iter, precision, symmetric,
+                   packed);
   }
   check_solve(weight, grad, slope, "grad", "slope");
   const at::ScalarType dtype = working_dtype({weight, slope, grad});
   const at::Tensor w = prepare_weight(weight, dtype), g = prepare(grad, dtype);
   const at::Tensor d = prepare(slope, dtype);
-  Outputs out(g, dtype, method.window > 0 ? kCounters : 0);
+  Outputs out(g, dtype, counters_of(method.solver));
+  const bool kept = symmetric && packed.has_value() && packed->is_contiguous() &&
+                    packed->device().is_cpu() && packed->scalar_type() == at::kByte &&
+                    packed->numel() == packed_bytes(g.size(1));
+  const at::Tensor buffer = kept ? *packed : packed_buffer(g);
   AT_DISPATCH_FLOATING_TYPES(dtype, "solve_affine_adjoint", [&] {
     SolveTask<scalar_t> task;
     task.injection = g.const_data_ptr<scalar_t>();
     task.slope = d.const_data_ptr<scalar_t>();
     task.tol = tol;
     task.max_iter = max_iter;
-    run(task, method, w, false, precision, out);
+    run(task, method, w, false, symmetric, precision, buffer, kept, out);
   });
   return {out.value.to(grad.scalar_type()), out.status, out.iterations, out.residual, out.rejects};
 }

@@ -29,23 +29,55 @@ inline void check_precision(c10::string_view name) {
 
 struct Method {
   bool served = false;
+  Solver solver = Solver::kPlain;
   double damping = 1;
+  int64_t fixed_iterations = 0;
+  int64_t patience = 50;
+  bool momentum = false;
+  double radius = 0.5;
+  int64_t most_directions = 0;
   int64_t window = 0;
   double safeguard = 0, accelerate_above = 0;
   AndersonOptions anderson{};
 };
+
+inline void check_options(c10::string_view solver, at::ArrayRef<double> options, size_t count) {
+  TORCH_CHECK(options.size() == count, "solver '", solver, "' takes ", count,
+              count == 1 ? " option" : " options", ", got ", options.size());
+}
 
 // The order of the options is that of the fields of the solver's dataclass.
 inline Method read_method(c10::string_view solver, at::ArrayRef<double> options, int64_t max_iter) {
   TORCH_CHECK(max_iter >= 1, "max_iter is ", max_iter, " and must be >= 1");
   Method m;
   if (solver == "picard" || solver == "neumann") {
-    TORCH_CHECK(options.size() == 1, "solver '", solver, "' takes 1 option, got ", options.size());
+    check_options(solver, options, 2);
     m.served = true;
     m.damping = options[0];
-  } else if (solver == "anderson") {
-    TORCH_CHECK(options.size() == 7, "solver '", solver, "' takes 7 options, got ", options.size());
+    m.fixed_iterations = int64_t(options[1]);
+    TORCH_CHECK(m.fixed_iterations >= 0, "fixed_iterations must be >= 0");
+  } else if (solver == "heavy_ball") {
+    check_options(solver, options, 1);
+    m.served = m.momentum = true;
+    m.solver = Solver::kHeavyBall;
+    m.radius = options[0];
+  } else if (solver == "energy") {
+    check_options(solver, options, 2);
     m.served = true;
+    m.solver = Solver::kEnergy;
+    m.momentum = options[0] != 0;
+    m.most_directions = int64_t(options[1]);
+    m.patience = 200;
+  } else if (solver == "minres") {
+    check_options(solver, options, 1);
+    m.served = true;
+    m.solver = Solver::kMinres;
+    m.momentum = options[0] != 0;
+    m.patience = 20;
+  } else if (solver == "anderson") {
+    check_options(solver, options, 7);
+    m.served = true;
+    m.solver = Solver::kAnderson;
     TORCH_CHECK(options[0] >= 1 && options[0] <= 1e6,
                 "the window of Anderson acceleration must be from 1 to 1e6, got ", options[0]);
     m.window = std::min<int64_t>(int64_t(options[0]), max_iter);  // more are never used

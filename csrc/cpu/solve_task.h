@@ -18,7 +18,18 @@ namespace fastdeq {
 // As fastdeq.Status.
 enum class Status : int8_t { kConverged = 0, kMaxIter = 1, kStagnated = 2, kNonfinite = 3 };
 
-constexpr int kCounters = 3;  // of rejected steps, for Anderson: safeguard, weight_cap, rank_cut
+// The solvers of fastdeq/solvers; kPlain is Picard and Neumann.
+enum class Solver : int8_t { kPlain, kAnderson, kHeavyBall, kEnergy, kMinres };
+
+// Of steps that a solver took back, by reason: Anderson safeguard, weight_cap, rank_cut; energy
+// energy, curvature; MINRES restart.
+constexpr int kMostCounters = 3;
+constexpr int counters_of(Solver solver) {
+  return solver == Solver::kAnderson ? 3
+         : solver == Solver::kEnergy ? 2
+         : solver == Solver::kMinres ? 1
+                                     : 0;
+}
 
 // Calls body(context, begin, end) for parts of 0 <= i < count, on several threads.
 using ParallelFor = void (*)(int64_t count, void* context,
@@ -43,6 +54,11 @@ struct SolveTask {
   double residual_eps = 0;
   int64_t max_iter = 0;
   int64_t patience = 0;
+  bool fixed = false;  // exactly max_iter updates, and no stop test
+  Solver solver = Solver::kPlain;
+  bool momentum = false;        // begins with heavy-ball steps
+  double radius = 0;            // their first guess of the spectral radius
+  int64_t most_directions = 0;  // of conjugate gradients, per step of the energy solver
   double damping = 1;
   int64_t window = 0;  // differences kept by Anderson acceleration; 0: plain iteration
   double safeguard = 0;
@@ -55,9 +71,10 @@ struct SolveTask {
   int8_t* status = nullptr;
   int32_t* iterations = nullptr;
   T* residual = nullptr;
-  int32_t* rejects = nullptr;  // (batch, kCounters), Anderson only
+  int32_t* rejects = nullptr;  // (batch, counters_of(solver))
 
-  int64_t lines = 0;  // samples that a worker holds at once
+  int64_t lines = 0;           // samples that a worker holds at once
+  int64_t triangle_parts = 0;  // W is symmetric and read where it lies, in so many parts; 0: packed
   // W in the order in which the products read it; the narrow ones for the ramp.
   T* packed = nullptr;
   uint32_t* packed_bfloat16 = nullptr;

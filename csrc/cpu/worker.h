@@ -6,9 +6,11 @@
 
 #include "anderson_line.h"
 #include "evaluate.h"
+#include "heavy_ball.h"
 #include "load.h"
 #include "pack.h"
 #include "ramp.h"
+#include "structured.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -19,7 +21,8 @@ class Worker {
   Worker(const SolveTask<T>& task, std::byte* scratch)
       : task_(task),
         exact_epilogue_(epilogue_for<T, false>(task)),
-        narrow_epilogue_(task.ramp ? epilogue_for<T, true>(task) : nullptr) {
+        narrow_epilogue_(task.ramp ? epilogue_for<T, true>(task) : nullptr),
+        structured_(task) {
     lines_ = reinterpret_cast<Line<T>*>(scratch);
     scratch += align(task.lines * int64_t(sizeof(Line<T>)));
     order_ = reinterpret_cast<int32_t*>(scratch);
@@ -30,6 +33,8 @@ class Worker {
     scratch += align(task.lines * int64_t(sizeof(void*)));
     small_ = reinterpret_cast<double*>(scratch);
     scratch += small_bytes(task);
+    triangle_ = reinterpret_cast<T*>(scratch);
+    scratch += triangle_bytes(task);
     for (int64_t i = 0; i < task.lines; ++i) {
       place_buffers(task, lines_[i], scratch + i * line_bytes(task));
       order_[i] = int32_t(i);
@@ -118,6 +123,10 @@ class Worker {
       chosen_[i] = &l;
       rows_[i] = kind == Kind::kExact ? static_cast<const void*>(l.point) : l.change;
     }
+    if (task_.triangle_parts > 0) {
+      evaluate_triangle<T>({task_, chosen_, rows_, count, exact_epilogue_, triangle_});
+      return;
+    }
     Evaluation<T> evaluation{task_, chosen_,
                              rows_, count,
                              kind,  kind == Kind::kExact ? exact_epilogue_ : narrow_epilogue_};
@@ -131,10 +140,16 @@ class Worker {
 
   // Judges the evaluation just made and takes a step. True when the line is done.
   bool advance(Line<T>& l, Kind kind) {
+    if (l.mode == Mode::kDirection) {
+      if (l.iterations == task_.max_iter) return finish(l, at_the_limit(l));
+      structured_.direction(l);
+      ++l.iterations;
+      return false;
+    }
     double square_difference = 0, square_value = 0;
     for (int64_t panel = 0; panel < panels<T>(task_.size); ++panel) {
-      square_difference += l.sums[2 * panel];
-      square_value += l.sums[2 * panel + 1];
+      square_difference += l.sums[kSums * panel];
+      square_value += l.sums[kSums * panel + 1];
     }
     l.previous_norm = l.norm;
     l.norm = __builtin_sqrt(square_difference);
@@ -149,55 +164,56 @@ class Worker {
         l.best_residual = relative;
         l.idle = 0;
         swap(l.best, l.point);  // at is the best now, and the next point goes elsewhere
-        if (task_.ramp) {       // narrow evaluations go on from this pre-activation
-          copy(l.pre, l.best_pre);
+        if (task_.ramp || l.mode >= Mode::kOpen) {  // what comes next goes on from this one
+          copy(task_.size, l.pre, l.best_pre);
         } else {
           swap(l.best_pre, l.pre);
         }
       } else {
-        if (l.iterations == 0) copy(l.pre, l.best_pre);  // best is the start
+        if (l.iterations == 0) copy(task_.size, l.pre, l.best_pre);  // best is the start
         ++l.idle;
       }
-      if (double(l.best_residual) <= task_.tol) return finish(l, Status::kConverged);
-      if (l.iterations == task_.max_iter) return finish(l, Status::kMaxIter);
-      const bool after_exact = l.since_anchor == 0;
-      if (l.plain && after_exact && slow(l)) l.plain = false;
-      if (task_.ramp) anchor(task_, l, double(relative));
-      if (!step(l, at)) return finish(l, Status::kNonfinite);
-      if (l.iterations >= task_.patience && l.idle >= task_.patience) {
+      const Status limit = at_the_limit(l);
+      if (l.iterations == task_.max_iter || (limit == Status::kConverged && !task_.fixed)) {
+        return finish(l, limit);
+      }
+      if (!step(l, at, double(relative))) return true;
+      if (l.iterations >= task_.patience && l.idle >= task_.patience && !task_.fixed) {
         return finish(l, Status::kStagnated);
       }
     } else {
       ++l.since_anchor;
       step_narrow(l, double(relative));
     }
-    if (task_.ramp) {
+    if (task_.ramp && (l.mode == Mode::kSteps || l.mode == Mode::kMomentum)) {
       l.next = next_kind(task_, l, double(relative));
-      if (l.next != Kind::kExact)
-        round_next(l, in_place ? l.value : l.point, in_place ? nullptr : at);
+      if (in_place && l.next != Kind::kExact) {
+        round_next<T>(task_, l, l.mode == Mode::kMomentum ? l.last : l.value, nullptr,
+                      largest_change(task_, l));
+      } else if (l.next != Kind::kExact) {
+        round_next<T>(task_, l, l.point, at, -1);
+      }
     }
     ++l.iterations;
     return false;
   }
 
-  void round_next(Line<T>& l, const T* a, const T* b) {
-#if defined(FASTDEQ_RAMP)
-    if constexpr (sizeof(T) == 4) round_change(l, l.next, a, b, task_.size);
-#endif
-  }
-
-  // The step after a narrow evaluation; without acceleration the next point is in place already.
+  // The step after a narrow evaluation; without a history the next point is in place already.
   void step_narrow(Line<T>& l, double relative) {
+    // Nearer to the goal its rounding hides how fast the residual falls.
+    const bool trusted = relative > 1.5 * l.goal;
     if (!__builtin_isfinite(l.norm) && !l.accelerated) {
       // Perhaps its rounding is to blame: back to the best point, in full precision.
       l.narrowest = Kind::kExact;
       l.count = 0;
-      copy(l.best, l.point);
+      copy(task_.size, l.best, l.point);
+      l.omega = 1;
+    } else if (l.mode == Mode::kMomentum) {
+      if (learn(l, trusted) && task_.solver != Solver::kHeavyBall) structured_.take_over(l);
     } else if (!l.plain) {
       anderson_step(task_, l, l.point, small_);
       swap(l.point, l.value);
-    } else if (relative > 1.5 * l.goal && slow(l)) {
-      // Nearer to the goal its rounding hides how fast the residual falls.
+    } else if (trusted && slow(l)) {
       l.plain = false;
       l.goal = __builtin_inf();  // an anchor before the first step with a history
     }
@@ -207,62 +223,64 @@ class Worker {
     return task_.window > 0 && !(l.norm <= task_.accelerate_above * l.previous_norm);
   }
 
-  // The line was evaluated at `at`, which stays. False when its value is not finite.
-  bool step(Line<T>& l, const T* at) {
-    if (!l.plain) {
-      if (!anderson_step(task_, l, at, small_)) return false;
-    } else if (!__builtin_isfinite(l.norm)) {
-      return false;
-    } else if (task_.damping != 1) {
-      const Vec<T> damping = splat<T>(T(task_.damping));
-      for (int64_t j = 0; j < task_.size; j += kLanes<T>) {
-        const Vec<T> z = load(at + j);
-        store(l.value + j, z + damping * (load(l.value + j) - z));
+  // The line was evaluated in full precision at `at`, which stays. False when it is done.
+  bool step(Line<T>& l, const T* at, double relative) {
+    const bool after_exact = l.since_anchor == 0, finite = __builtin_isfinite(l.norm);
+    if (l.mode == Mode::kSteps || l.mode == Mode::kMomentum) {
+      if (l.plain && after_exact && slow(l)) l.plain = false;
+      if (task_.ramp) anchor(task_, l, relative);
+      if (l.mode == Mode::kMomentum) {
+        heavy_ball_step(task_, l, at);
+        const bool late = learn(l, after_exact);
+        if ((late || !finite) && task_.solver != Solver::kHeavyBall &&
+            __builtin_isfinite(l.best_residual)) {
+          structured_.take_over(l);
+          return true;
+        }
       }
+      if (l.plain ? !finite : !anderson_step(task_, l, at, small_)) return fail(l);
+      if (l.mode == Mode::kSteps && l.plain && task_.damping != 1) damp(l, at);
+      swap(l.point, l.value);
+      return true;
     }
-    swap(l.point, l.value);
-    return true;
+    if (!finite && l.mode == Mode::kOpen) return fail(l);
+    if (structured_.step(l, at, relative)) return true;
+    finish(l, Status::kStagnated);
+    return false;
+  }
+
+  Status at_the_limit(const Line<T>& l) const {
+    return double(l.best_residual) <= task_.tol ? Status::kConverged : Status::kMaxIter;
+  }
+
+  bool fail(Line<T>& l) {
+    finish(l, Status::kNonfinite);
+    return false;
+  }
+
+  void damp(Line<T>& l, const T* at) {
+    const Vec<T> damping = splat<T>(T(task_.damping));
+    for (int64_t j = 0; j < task_.size; j += kLanes<T>) {
+      const Vec<T> z = load(at + j);
+      store(l.value + j, z + damping * (load(l.value + j) - z));
+    }
   }
 
   bool finish(const Line<T>& l, Status status) {
-    const int64_t size = task_.size, offset = l.sample * size;
-    // A step at a time, as the product of the two may overflow.
-    for (int64_t j = 0; j < size; ++j) {
-      task_.value[offset + j] = l.best[j] * l.row_norm * l.largest;
-    }
-    if (task_.value_slope != nullptr && status == Status::kNonfinite) {
-      for (int64_t j = 0; j < size; ++j) task_.value_slope[offset + j] = 0;
-    } else if (task_.value_slope != nullptr) {
-      activate(task_.activation, 1, l.best_pre, task_.value_slope + offset, size);
-    }
-    task_.status[l.sample] = int8_t(status);
-    task_.iterations[l.sample] = l.iterations;
-    task_.residual[l.sample] = l.best_residual;
-    if (task_.rejects != nullptr) {
-      for (int i = 0; i < kCounters; ++i) task_.rejects[l.sample * kCounters + i] = l.rejects[i];
-    }
+    unload(task_, l, status);
     return true;
-  }
-
-  template <typename P>
-  static void swap(P*& a, P*& b) {
-    P* const c = a;
-    a = b;
-    b = c;
-  }
-
-  void copy(const T* from, T* to) const {
-    for (int64_t j = 0; j < task_.size; j += kLanes<T>) store(to + j, load(from + j));
   }
 
   const SolveTask<T>& task_;
   const Epilogue<T> exact_epilogue_, narrow_epilogue_;
+  const Structured<T> structured_;
   Line<T>* lines_;
   int32_t* order_;  // the lines, those in use first
   int64_t active_ = 0;
   const void** rows_;  // what the next product multiplies, and the lines it is for
   Line<T>** chosen_;
   double* small_;
+  T* triangle_;
 };
 
 template <typename T>

@@ -68,6 +68,7 @@ class Anderson(CheckedOptions):
 
     name: ClassVar[str] = "anderson"
     linear: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
     patience: ClassVar[int] = 50
     rejects: ClassVar[tuple[str, ...]] = ("safeguard", "weight_cap", "rank_cut")
 

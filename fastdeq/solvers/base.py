@@ -12,9 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from ..activations import Activation
 from ..choices import check_options
+
+RESIDUAL_EPS = 1e-9  # makes a residual at the zero state an absolute one
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Structure:
     """What is known of the map before it is evaluated.
 
     ``contraction`` bounds its Lipschitz constant in the 2-norm (None: unknown); ``tags`` are the
-    structural tags of a weight; ``affine`` says that it is ``phi(W z + c)``, solved as one.
+    tags of the weight ("orthogonal", "symmetric") and of the activation ("monotone"); ``affine``
+    says that it is ``phi(W z + c)``, solved as one.
     """
 
     contraction: float | None = None
@@ -30,13 +35,49 @@ class Structure:
     affine: bool = False
 
 
+class AffineMap:
+    """``phi(W z + c)``, or ``D (g + q W)`` of a symmetric W, for solvers that look inside.
+
+    ``offset`` is c or g ``(B, n)``, ``pre`` the argument of the outer map at the last evaluation,
+    and ``product`` what W added to it. The forward map has an ``activation``, the adjoint its
+    ``slope`` D ``(B, n)``. It stands for an evaluation at zero until it is called.
+    """
+
+    def __init__(
+        self,
+        offset: Tensor,
+        multiply: Callable[[Tensor], Tensor],
+        *,
+        activation: Activation | None = None,
+        slope: Tensor | None = None,
+    ):
+        self.offset = self.pre = offset
+        self.product = torch.zeros_like(offset)
+        self.multiply = multiply
+        self.activation = activation
+        self.slope = slope
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        self.product = self.multiply(rows)
+        self.pre = self.offset + self.product
+        return self.apply(self.pre)
+
+    def apply(self, pre: Tensor) -> Tensor:
+        """The outer map: phi, or multiplication by D."""
+        if self.activation is not None:
+            return self.activation.function(pre)
+        assert self.slope is not None
+        return self.slope * pre
+
+
 class Problem(NamedTuple):
     """What a solver is told at the start: the relative tolerance, the number of updates it will be
-    asked for, and the form of ``ops.anderson_mix`` to use."""
+    asked for, the form of ``ops.anderson_mix`` to use, and the map where it is an affine cell's."""
 
     tol: float
     max_iter: int
     anderson_mix: Callable[..., Any]
+    affine: AffineMap | None = None
 
 
 class Step(NamedTuple):
@@ -44,21 +85,24 @@ class Step(NamedTuple):
 
     ``point`` is where to evaluate next, ``(B, n)``. ``iterate`` says for which samples that point
     is an iterate, whose residual counts, rather than a direction, ``(B,)`` bool, None for all.
-    ``failed`` marks samples that the solver cannot continue, ``(B,)`` bool.
+    ``failed`` marks samples that the solver cannot continue, and ``stalled`` those that it sees no
+    way to improve, ``(B,)`` bool, None for none.
     """
 
     point: Tensor
     iterate: Tensor | None
     failed: Tensor
+    stalled: Tensor | None = None
 
 
 class Solver(Protocol):
-    """``name`` registers it; ``linear`` restricts it to affine maps (adjoints);
-    ``patience`` is how many iterates in a row may bring no new best residual; ``rejects`` names
-    its counters."""
+    """``name`` registers it; ``linear`` restricts it to affine maps (adjoints); ``needs`` are the
+    tags without which it cannot be used; ``patience`` is how many iterates in a row may bring no
+    new best residual; ``rejects`` names its counters."""
 
     name: ClassVar[str]
     linear: ClassVar[bool]
+    needs: ClassVar[frozenset[str]]
     patience: ClassVar[int]
     rejects: ClassVar[tuple[str, ...]]
 

@@ -54,6 +54,7 @@ class GMRES(CheckedOptions):
 
     name: ClassVar[str] = "gmres"
     linear: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()
     patience: ClassVar[int] = 3
     rejects: ClassVar[tuple[str, ...]] = ()
 

@@ -12,7 +12,8 @@ from .picard import Picard
 class Neumann(Picard):
     """Partial sums of ``u = sum_k (J^T)^k g``; converges when the spectral radius of J is below 1.
 
-    ``damping`` in (0, 1] averages successive partial sums and helps with negative eigenvalues.
+    ``damping`` in (0, 1] averages successive partial sums and helps with negative eigenvalues;
+    ``fixed_iterations`` as in :class:`Picard`.
     """
 
     name: ClassVar[str] = "neumann"

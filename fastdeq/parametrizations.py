@@ -1,0 +1,289 @@
+"""Maps from an unconstrained matrix to one with structure, for weights and for
+``torch.nn.utils.parametrize``, and the cache that keeps a factorisation until its matrix changes.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import reference
+from .factor import Factors, factors, pull_back, pull_back_q
+from .ops import symmetric_part
+
+
+def _is_transformed(raw: Tensor) -> bool:
+    """Whether values are not to be looked at: traced, batched, dual, fake."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or type(raw) not in (Tensor, nn.Parameter)
+        or raw.device.type == "meta"
+    )
+
+
+def _has_tangent(raw: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # unpack_dual itself fails outside of a level.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(raw).tangent is not None
+
+
+def orthogonal_factor(raw: Tensor) -> Tensor:
+    """Q ``(m, n)`` of ``raw = Q R``, ``m >= n``, with a positive diagonal of R.
+
+    Unique and differentiable, twice as well, where raw has full rank; at lower rank Q is still
+    orthogonal, and its gradient need not be finite. Entries that are not finite give NaN. Haar
+    distributed where raw has independent normal entries (Mezzadri, Notices AMS 54 (2007) 592).
+    Runs in float32 for narrower dtypes. ``torch.func`` transforms and forward-mode derivatives
+    work too.
+
+    Raises:
+        ValueError: raw is not a matrix, or is wide.
+    """
+    if _has_tangent(raw):
+        return _by_torch(raw)
+    q: Tensor = torch.ops.fastdeq.orthogonal_factor(_wide(raw))[0]
+    return q.to(raw.dtype)
+
+
+def _wide(raw: Tensor) -> Tensor:
+    return raw if raw.dtype == torch.float64 else raw.float()
+
+
+def _by_torch(raw: Tensor) -> Tensor:
+    """The same in operations that every transform of PyTorch knows."""
+    if raw.dim() != 2 or raw.shape[0] < raw.shape[1]:
+        raise ValueError(
+            f"orthogonal_factor needs a matrix (m, n) with m >= n, got {tuple(raw.shape)}."
+        )
+    with torch.autocast(raw.device.type, enabled=False):
+        q, r = torch.linalg.qr(_wide(raw))
+        sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+        factor: Tensor = (q * sign).to(raw.dtype)
+        return factor
+
+
+class Attach(torch.autograd.Function):
+    """Factors computed before, as functions of the matrix they belong to."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, found: Factors) -> tuple[Tensor, Tensor]:
+        # Views, so that these are new tensors. The detached raw lets a dispatch mode see raw.
+        raw.detach()
+        q, r = found.q.detach(), found.r.detach()
+        ctx.save_for_backward(q, r)
+        ctx.inverses = found.inverses
+        ctx.set_materialize_grads(False)
+        return q, r
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor | None, grad_r: Tensor | None) -> tuple[Any, ...]:
+        q, r = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            if grad_r is None and grad_q is not None and not torch.is_grad_enabled():
+                return pull_back_q(q, r, grad_q, ctx.inverses), None
+            return pull_back(q, r, grad_q, grad_r), None
+
+
+class _Entry(NamedTuple):
+    found: Factors
+    copy: Tensor | None  # of the matrix, on the CPU
+    matrix: weakref.ref[Tensor]
+    version: tuple[Any, ...]
+
+
+class FactorCache:
+    """Q and R of the matrix that was factorised last, for as long as it does not change.
+
+    On the CPU the entries are compared with a copy, which costs a fiftieth of the factorisation
+    and sees every kind of change. Elsewhere that would wait for the device: there the matrix
+    counts as unchanged while it is the same tensor at the same address and version, which sees
+    every in-place operation but not one on ``matrix.data`` (call ``clear()`` after such an edit).
+
+    Nothing in the cache is ever handed out for a user to write to. A lookup is one read and a miss
+    one assignment of an immutable entry, so threads may share a cache. Copies and pickles of a
+    cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None
+
+    def clear(self) -> None:
+        """Forgets the factors."""
+        self._entry = None
+
+    def orthogonal(self, raw: Tensor) -> Tensor:
+        """``orthogonal_factor(raw)``, or for a wide matrix that of its transpose, transposed.
+
+        Not to be written to, as it may be the cached one.
+        """
+        wide = _wide(raw)
+        tall = wide if raw.shape[0] >= raw.shape[1] else wide.t()
+        if _is_transformed(raw) or _has_tangent(raw):
+            q = orthogonal_factor(tall)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._find(raw, tall.detach())
+            if torch.is_grad_enabled() and raw.requires_grad:
+                q = Attach.apply(tall, found)[0]
+            else:
+                q = found.q
+        return (q if tall is wide else q.t()).to(raw.dtype)
+
+    def _find(self, raw: Tensor, tall: Tensor) -> Factors:
+        entry, version = self._entry, _version(raw)
+        if entry is not None and entry.version[:3] == version[:3]:
+            if entry.copy is not None:
+                # After an optimiser's step the version says so already.
+                stepped = entry.matrix() is raw and entry.version[-1] != version[-1]
+                if not stepped and torch.equal(entry.copy, raw):
+                    return entry.found
+            elif version[-1] is not None and entry.version == version and entry.matrix() is raw:
+                return entry.found
+        # Normal tensors even of an inference tensor: autograd may save them at a later hit.
+        found = factors(tall.clone() if tall.is_inference() else tall)
+        copy = raw.detach().clone() if self._compares_entries(raw) else None
+        self._entry = _Entry(found, copy, weakref.ref(raw), version)
+        return found
+
+    @staticmethod
+    def _compares_entries(raw: Tensor) -> bool:
+        return raw.device.type == "cpu"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FactorCache:
+        return FactorCache()
+
+    def __reduce__(self) -> tuple[type[FactorCache], tuple[()]]:
+        return FactorCache, ()
+
+
+def _version(t: Tensor) -> tuple[Any, ...]:
+    # Inference tensors have no version.
+    return t.dtype, t.device, t.shape, t.data_ptr(), None if t.is_inference() else t._version
+
+
+class OrthogonalMap(nn.Module):
+    """``scale * Q``: Q has orthonormal columns, or rows where the matrix is wide.
+
+    For ``torch.nn.utils.parametrize.register_parametrization(linear, "weight", OrthogonalMap())``.
+    The raw matrix starts at Q itself, so it is perfectly conditioned, and Q stays the matrix's
+    factor ``raw = Q R``, R with a positive diagonal (transposed for wide ones).
+
+    Args:
+        scale: every singular value of the result; finite.
+
+    Raises:
+        ValueError: a scale that is not finite; a tensor that is not a matrix.
+    """
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        if not math.isfinite(scale):
+            raise ValueError(f"OrthogonalMap needs a finite scale, got {scale!r}.")
+        self.scale = float(scale)
+        self.cache = FactorCache()
+
+    def orthogonal(self, raw: Tensor) -> Tensor:
+        """Q ``(m, n)``, not to be written to: it may be the cached one."""
+        _check_matrix(raw, "OrthogonalMap")
+        return self.cache.orthogonal(raw)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """The structured matrix ``(m, n)``, a new tensor."""
+        return self.scale * self.orthogonal(raw)
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A raw matrix for ``weight``, which is made orthonormal first where it is not."""
+        _check_matrix(weight, "OrthogonalMap")
+        q = weight if self.scale >= 0 else -weight
+        if q.shape[0] < q.shape[1]:
+            return orthogonal_factor(q.t()).t().contiguous()
+        return orthogonal_factor(q)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class SymmetricMap(nn.Module):
+    """``(raw + raw^T) / 2``, exactly symmetric, its eigenvalues bounded from above if asked for.
+
+    ``max_eigenvalue=b`` gives ``W = S min(1, b / lambda_max(S))``. With b < 1 and a monotone
+    activation of slope at most 1, ``z = phi(W z + c)`` has exactly one solution, however negative
+    the other eigenvalues are (Winston and Kolter, NeurIPS 2020, with m = 1 - b). A Cholesky
+    factorisation of ``b I - S`` tells whether eigenvalues have to be computed at all.
+
+    Args:
+        max_eigenvalue: b > 0, or None for no bound.
+
+    Raises:
+        ValueError: a bound that is not positive and finite; a tensor that is not a square matrix.
+    """
+
+    def __init__(self, max_eigenvalue: float | None = None):
+        super().__init__()
+        if max_eigenvalue is not None and not 0 < max_eigenvalue < math.inf:
+            raise ValueError(
+                f"max_eigenvalue must be positive and finite, or None; got {max_eigenvalue!r}."
+            )
+        self.max_eigenvalue = None if max_eigenvalue is None else float(max_eigenvalue)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """The structured matrix ``(n, n)``, a new tensor."""
+        _check_matrix(raw, "SymmetricMap", square=True)
+        # a + b == b + a, so this is symmetric to the last bit, and so is a multiple of it.
+        transformed = _is_transformed(raw) or _has_tangent(raw)
+        s = reference.symmetric_part(raw) if transformed else symmetric_part(raw)
+        if self.max_eigenvalue is None or s.numel() == 0:
+            return s
+        with torch.autocast(s.device.type, enabled=False):
+            if self._surely_below(s):
+                return s
+            return (_wide(s) * self._shrinkage(s)).to(s.dtype)
+
+    def _surely_below(self, s: Tensor) -> bool:
+        if _is_transformed(s) or _has_tangent(s):
+            return False
+        bound, n = self.max_eigenvalue, len(s)
+        assert bound is not None
+        with torch.no_grad():
+            wide = _wide(s.detach())
+            shifted = torch.diag_embed(wide.new_full((n,), bound)) - wide
+            # A Cholesky factorisation that runs through proves this little less (Rump, BIT 46
+            # (2006) 433): gamma = (n + 1) u times the trace.
+            shifted.diagonal().sub_((n + 2) * torch.finfo(wide.dtype).eps * shifted.trace())
+            return not torch.linalg.cholesky_ex(shifted).info.item()
+
+    def _shrinkage(self, s: Tensor) -> Tensor:
+        """``min(1, b / lambda_max)``, a little less: no rounding error may cross the bound."""
+        exact = s.double()
+        # LAPACK raises on NaN; the factor does not matter then, s has it.
+        largest = torch.linalg.eigvalsh(torch.where(exact.isfinite().all(), exact, 0.0))[-1]
+        # Rounding moves entries by eps/2 twice, a matrix by no more than its Frobenius norm.
+        rounding = 2 * torch.finfo(s.dtype).eps + 16 * math.sqrt(len(s)) * 2.0**-52
+        largest = largest + rounding * torch.linalg.matrix_norm(exact.detach())
+        factor: Tensor = self.max_eigenvalue / largest.clamp(min=self.max_eigenvalue)
+        return factor.to(_wide(s).dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A raw matrix for ``weight``: the nearest symmetric one."""
+        _check_matrix(weight, "SymmetricMap", square=True)
+        return symmetric_part(weight)
+
+    def extra_repr(self) -> str:
+        return "" if self.max_eigenvalue is None else f"max_eigenvalue={self.max_eigenvalue}"
+
+
+def _check_matrix(t: Tensor, owner: str, square: bool = False) -> None:
+    if t.dim() != 2:
+        raise ValueError(f"{owner} needs a matrix, got a tensor of shape {tuple(t.shape)}.")
+    if square and t.shape[0] != t.shape[1]:
+        raise ValueError(f"{owner} needs a square matrix, got one of shape {tuple(t.shape)}.")

@@ -1,0 +1,102 @@
+"""Heavy-ball iteration for maps whose Jacobian has a real spectrum, as symmetric weights give.
+
+    z_{k+1} = z_{k-1} + omega (f(z_k) - z_{k-1}),     omega = 2 / (1 + sqrt(1 - rho^2))
+
+also known as second-order Richardson iteration. On eigenvalues in [-rho, rho] the residual falls by
+``sqrt(omega - 1) = rho / (1 + sqrt(1 - rho^2))`` per step, the rate of conjugate gradients, without
+an inner product: 0.63 where plain iteration has 0.9. It converges for every omega in (0, 2) as long
+as all eigenvalues are below 1 in modulus, so rho may be a guess, and is improved as it goes: a step
+that leaves a fraction t of the residual, more than the rate of its omega, shows an eigenvalue
+
+    lambda = (t^2 + omega - 1) / (omega t).
+
+Sources: S. Frankel, Math. Tables Aids Comput. 4 (1950) 65; B. Polyak, USSR Comput. Math. Math.
+Phys. 4 (1964) 1; adaptive parameters: L. Hageman and D. Young, Applied Iterative Methods, 1981.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import CheckedOptions, Problem, Step, check_range
+
+LARGEST_RADIUS = 0.98  # of the estimate; beyond it the gain is small and the transient long
+# The residual is to halve in so many steps: a slower one is an eigenvalue beyond 0.993, or no
+# contraction at all.
+HALVE_WITHIN = 6
+
+
+@dataclass
+class Momentum:
+    """What heavy-ball steps remember of each sample."""
+
+    previous: Tensor  # (B, n): the point before this one
+    norm: Tensor  # (B,): residual norm there
+    radius: Tensor  # (B,): estimate of rho
+    omega: Tensor  # (B,): of the step that led to this point
+    count: Tensor  # (B,) int32: steps made
+    mark: Tensor  # (B,): residual norm that is to be halved
+    since: Tensor  # (B,) int32: steps since it was set
+
+    @classmethod
+    def start(cls, point: Tensor, radius: float) -> Momentum:
+        column = point.new_full((len(point),), torch.inf)
+        count = torch.zeros(len(point), dtype=torch.int32, device=point.device)
+        radii = torch.full_like(column, radius)
+        ones = torch.ones_like(column)
+        return cls(point, column, radii, ones, count, column.clone(), count.clone())
+
+    def step(self, point: Tensor, value: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The next point and which samples do not halve their residual in time."""
+        # The first step is a plain one. A later one takes what was known one evaluation before, as
+        # a fused form, which takes the step while it evaluates, must.
+        omega = torch.where(self.count > 0, 2 / (1 + torch.sqrt(1 - self.radius**2)), 1.0)
+        following = self.previous + omega.unsqueeze(1) * (value - self.previous)
+        following = torch.where((self.count > 0).unsqueeze(1), following, value)
+
+        left = norm / self.norm  # 0 at the first evaluation
+        rate = torch.sqrt(self.omega - 1)
+        seen = (left * left + self.omega - 1) / (self.omega * left)
+        better = (self.count > 1) & (left > rate)
+        radius = torch.maximum(self.radius, seen.clamp(max=LARGEST_RADIUS))
+        self.radius = torch.where(better, radius, self.radius)
+
+        halved = norm <= 0.5 * self.mark
+        self.mark = torch.where(halved, norm, self.mark)
+        self.since = torch.where(halved, 0, self.since + 1)
+        self.previous, self.norm, self.omega = point, norm, omega
+        self.count = self.count + 1
+        return following, self.since >= HALVE_WITHIN
+
+
+@dataclass(frozen=True)
+class HeavyBall(CheckedOptions):
+    """Heavy-ball steps for symmetric weights, ``radius`` in [0, 0.98]: a first guess of rho."""
+
+    radius: float = 0.5
+
+    name: ClassVar[str] = "heavy_ball"
+    linear: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    patience: ClassVar[int] = 50
+    rejects: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        limit = LARGEST_RADIUS
+        check_range("HeavyBall", "radius", self.radius, 0.0, limit, f"in [0, {limit}]")
+
+    def init(self, point: Tensor, problem: Problem) -> Momentum:
+        return Momentum.start(point, self.radius)
+
+    def step(
+        self, state: Momentum, point: Tensor, value: Tensor, norm: Tensor, running: Tensor
+    ) -> Step:
+        following, _ = state.step(point, value, norm)
+        return Step(following, None, ~norm.isfinite())
+
+    def counters(self, state: Momentum) -> tuple[Tensor, ...]:
+        return ()
