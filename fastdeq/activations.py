@@ -124,7 +124,7 @@ _TABLE = (
         _sigmoid_slope,
         lipschitz=0.25,
         bounded=True,
-        primitive=F.softplus,
+        primitive=lambda p: -F.logsigmoid(-p),  # softplus, exact for all p
     ),
     Activation("softplus", F.softplus, torch.sigmoid, primitive=_softplus_primitive),
     Activation(

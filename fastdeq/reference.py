@@ -24,7 +24,9 @@ def affine_adjoint_step(weight: Tensor, slope: Tensor, grad: Tensor, q: Tensor) 
 
 def symmetric_part(a: Tensor) -> Tensor:
     """``(A + A^T) / 2`` of a square matrix, exactly symmetric."""
-    return (a + a.t()) / 2
+    if a.dim() != 2 or a.shape[0] != a.shape[1]:
+        raise ValueError(f"a square matrix is needed, got {tuple(a.shape)}.")
+    return ((a + a.t()) / 2).contiguous()
 
 
 def anderson_mix(

@@ -17,6 +17,8 @@ constexpr double kLeastCurvature = 1e-6, kAssumedCurvature = 0.3;
 constexpr double kMostForcing = 0.7, kFivePowers = kMostForcing * kMostForcing * kMostForcing *
                                                    kMostForcing * kMostForcing;
 constexpr int kNewtonHalvings = 8, kMostHalvings = 30;
+constexpr double kFloor = 16;
+constexpr int kFloorHalvings = 3;
 // The smallest forcing for which directions are rounded to bfloat16. In bytes some samples stall.
 constexpr double kNarrowForcing = 1e-2;
 
@@ -63,6 +65,7 @@ void energy_begin(const SolveTask<T>& task, Line<T>& line, const T* at, double r
   line.enough = forcing * forcing * line.square;
   line.made = line.halvings = 0;
   line.t = 1;
+  line.floor = relative < kFloor * (sizeof(T) == 4 ? 1.1920929e-7 : 2.220446049250313e-16);
   line.narrowest = task.ramp && forcing >= kNarrowForcing ? Kind::kBfloat16 : Kind::kExact;
 }
 
@@ -83,7 +86,7 @@ bool energy_falls(const SolveTask<T>& task, const Line<T>& line, const T* at) {
       kappa = select(abs(da) < T(kSmallStep), da * da * (slope_next - slope) / T(12), kappa);
     }
     // On one linear piece, or one saturated side, this is rounding error alone.
-    const Vec<T> one_side = select(max(slope, trial * a) > T(0), splat(T(0)), kappa);
+    const Vec<T> one_side = select((trial > T(0)) == (a > T(0)), splat(T(0)), kappa);
     kappa = select(slope == slope_next, one_side, kappa);
     change.add(keep_first<T>(kappa - T(0.5) * (s + (pre - trial)) * dz, task.size - j));
     promised.add(keep_first<T>(slope * s * da, task.size - j));
@@ -179,7 +182,7 @@ bool energy_step(const SolveTask<T>& task, Line<T>& line, const T* at, double re
   if (line.mode == Mode::kTrial) {
     if (!functions.falls(task, line, at)) {
       ++line.rejects[0];
-      if (++line.halvings > kMostHalvings) return false;
+      if (++line.halvings > (line.floor ? kFloorHalvings : kMostHalvings)) return false;
       line.t *= 0.5;
       if (line.halvings == kNewtonHalvings) {
         copy(task.size, r.s, r.da);

@@ -20,8 +20,12 @@ constexpr int kHalveWithin = 6;
 // not halve in time.
 template <typename T>
 bool learn(Line<T>& line, bool trusted) {
-  const double left = line.norm / line.previous_norm, before = line.led - 1;
-  if (trusted && line.iterations > 1 && left > __builtin_sqrt(before)) {  // false for NaN
+  const double one = line.norm / line.previous_norm;
+  const double three = __builtin_cbrt(line.norm / line.norms[1]);
+  const double left = one < three ? one : three, before = line.led - 1;
+  line.norms[1] = line.norms[0];
+  line.norms[0] = line.previous_norm;
+  if (trusted && line.iterations > 3 && left > __builtin_sqrt(before)) {  // false for NaN
     const double seen = (left * left + before) / (line.led * left);
     const double radius = seen < kLargestRadius ? seen : kLargestRadius;
     line.radius = radius > line.radius ? radius : line.radius;

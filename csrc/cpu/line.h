@@ -53,6 +53,7 @@ struct Line {
 
   Mode mode;
   double radius, omega, led;  // heavy ball: estimate, omega of the next step, of the last one
+  double norms[2];            // residual norms two and three evaluations before
   double mark;                // residual norm to be halved
   int32_t since;              // evaluations since it was set
 
@@ -62,6 +63,9 @@ struct Line {
   // estimate, the part of the tolerance aimed at.
   double beta, cosine, sine, diagonal, corner, phi, aim;
   bool exhausted;  // the Krylov space
+  bool floor;      // energy: the step began near the rounding floor
+  T restarted_at;  // MINRES: best residual at the last restart that brought a gain
+  int32_t vain;    // restarts since
 
   Kind next;             // how the next evaluation is made
   Kind narrowest;        // how it may be made

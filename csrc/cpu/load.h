@@ -23,6 +23,9 @@ void reset(const SolveTask<T>& task, Line<T>& fresh, int64_t sample) {
                                                 : Mode::kSteps;
   fresh.radius = task.radius;
   fresh.omega = fresh.led = 1;
+  fresh.norms[0] = fresh.norms[1] = __builtin_inf();
+  fresh.restarted_at = T(__builtin_inf());
+  fresh.vain = 0;
   fresh.mark = __builtin_inf();
   fresh.since = 0;
   fresh.accelerated = false;

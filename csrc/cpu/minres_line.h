@@ -12,6 +12,7 @@ namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
 constexpr double kAim = 0.9, kDrift = 4;
+constexpr int kMostVain = 2;
 
 template <typename T>
 struct MinresRows {
@@ -151,6 +152,12 @@ bool minres_step(const SolveTask<T>& task, Line<T>& line, double relative) {
   line.mode = Mode::kDirection;
   if (!verified || line.exhausted || !(line.norm <= kDrift * line.phi)) {
     line.rejects[0] += verified;
+    if (verified && line.norm < 0.5 * double(line.restarted_at)) {
+      line.restarted_at = T(line.norm);
+      line.vain = 0;
+    } else if (verified && ++line.vain > kMostVain) {
+      return false;
+    }
     return minres_begin(task, line);
   }
   const double lower = task.tol / relative;

@@ -11,6 +11,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -62,8 +63,10 @@ const EngineFor<T>& engine_for() {
   }
 }
 
-at::Tensor packed_buffer(const at::Tensor& rows) {
-  return at::empty({packed_bytes(rows.size(1))}, rows.options().dtype(at::kByte));
+bool is_packed(const at::Tensor& t, const PackedHeader& wanted) {
+  return t.device().is_cpu() && t.scalar_type() == at::kByte && t.is_contiguous() &&
+         t.numel() == packed_bytes(wanted.size) &&
+         *static_cast<const PackedHeader*>(t.const_data_ptr()) == wanted;
 }
 
 struct Outputs {
@@ -84,13 +87,13 @@ void parallel_for(int64_t count, void* context, void (*body)(void*, int64_t, int
   at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-// `transposed`: products with W^T, as the forward map has them, instead of W. The weight is packed
-// into `buffer`, of packed_bytes, unless what is there will do and it is `kept` from the forward
-// solve.
+// `transposed`: products with W^T, as the forward map has them, instead of W. Uses what the forward
+// solve has `kept` where that fits, and returns the buffer that it packed the weight into
+// otherwise.
 template <typename T>
-void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, bool transposed,
-         bool symmetric, c10::string_view precision, const at::Tensor& buffer, bool kept,
-         Outputs& out) {
+at::Tensor run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, bool transposed,
+               bool symmetric, c10::string_view precision, const std::optional<at::Tensor>& kept,
+               Outputs& out) {
   task.value = out.value.mutable_data_ptr<T>();
   task.status = out.status.mutable_data_ptr<int8_t>();
   task.iterations = out.iterations.mutable_data_ptr<int32_t>();
@@ -139,32 +142,35 @@ void run(SolveTask<T>& task, const Method& method, const at::Tensor& weight, boo
   task.lines = std::min(each, std::clamp<int64_t>(kScratchBytes / workers / one, 1, kMostLines));
 
   if (triangle) task.triangle_parts = shared ? threads : 1;
-  const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, buffer.options());
+  const auto bytes = weight.options().dtype(at::kByte);
+  const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, bytes);
   task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;
 
-  auto* const packed = static_cast<std::byte*>(const_cast<void*>(buffer.const_data_ptr()));
-  place_packed(task, packed, engine.padded(task.size));
-  auto* const header = reinterpret_cast<PackedHeader*>(packed);
   const PackedHeader wanted = packed_header(task, &engine);
-  if (triangle) {
-    if (!kept) header->mark = 0;
-  } else if (!kept || !(*header == wanted)) {
+  const bool fits = symmetric && kept.has_value() && is_packed(*kept, wanted);
+  const at::Tensor packed = fits ? *kept : at::empty({packed_bytes(task.size)}, bytes);
+  auto* const at_packed = static_cast<std::byte*>(const_cast<void*>(packed.const_data_ptr()));
+  place_packed(task, at_packed, engine.padded(task.size));
+  if (triangle && !fits) {
+    *reinterpret_cast<PackedHeader*>(at_packed) = {};
+  } else if (!fits) {
     // A panel of a few hundred inputs is worth a thread.
     const int64_t grain =
         workers > 1 || shared ? std::max<int64_t>(1, 1024 / task.size) : INT64_MAX;
     at::parallel_for(0, engine.panels(task.size), grain,
                      [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
-    *header = wanted;
+    *reinterpret_cast<PackedHeader*>(at_packed) = wanted;
   }
   if (workers == 1) {
     engine.work(task, 0);
-    return;
+    return packed;
   }
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) engine.work(task, worker);
   });
+  return packed;
 }
 
 Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
@@ -177,8 +183,13 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastdeq::solve_affine_reference", "")
                                .typed<decltype(solve_affine)>();
-    return op.call(weight, injection, start, activation, solver, solver_options, tol, max_iter,
-                   precision, slope, symmetric);
+    Forward outputs = op.call(weight, injection, start, activation, solver, solver_options, tol,
+                              max_iter, precision, slope, symmetric);
+    if (symmetric) {  // as a tracer expects it
+      const auto bytes = injection.options().dtype(at::kByte);
+      std::get<6>(outputs) = at::zeros({packed_bytes(injection.size(1))}, bytes);
+    }
+    return outputs;
   }
   const at::Tensor given_start = start.value_or(at::Tensor());
   check_solve(weight, injection, given_start, "injection", "start");
@@ -187,7 +198,7 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
   const at::Tensor z0 = given_start.defined() ? prepare(given_start, dtype) : at::Tensor();
   Outputs out(c, dtype, counters_of(method.solver));
   at::Tensor value_slope = slope ? at::empty_like(c) : at::empty({0}, c.options());
-  const at::Tensor packed = packed_buffer(c);
+  at::Tensor packed;
   AT_DISPATCH_FLOATING_TYPES(dtype, "solve_affine", [&] {
     SolveTask<scalar_t> task;
     task.injection = c.const_data_ptr<scalar_t>();
@@ -196,7 +207,7 @@ Forward solve_affine(const at::Tensor& weight, const at::Tensor& injection,
     task.tol = tol;
     task.max_iter = max_iter;
     task.value_slope = slope ? value_slope.mutable_data_ptr<scalar_t>() : nullptr;
-    run(task, method, w, true, symmetric, precision, packed, false, out);
+    packed = run(task, method, w, true, symmetric, precision, std::nullopt, out);
   });
   return {out.value.to(injection.scalar_type()),
           out.status,
@@ -226,17 +237,13 @@ Adjoint solve_affine_adjoint(const at::Tensor& weight, const at::Tensor& slope,
   const at::Tensor w = prepare_weight(weight, dtype), g = prepare(grad, dtype);
   const at::Tensor d = prepare(slope, dtype);
   Outputs out(g, dtype, counters_of(method.solver));
-  const bool kept = symmetric && packed.has_value() && packed->is_contiguous() &&
-                    packed->device().is_cpu() && packed->scalar_type() == at::kByte &&
-                    packed->numel() == packed_bytes(g.size(1));
-  const at::Tensor buffer = kept ? *packed : packed_buffer(g);
   AT_DISPATCH_FLOATING_TYPES(dtype, "solve_affine_adjoint", [&] {
     SolveTask<scalar_t> task;
     task.injection = g.const_data_ptr<scalar_t>();
     task.slope = d.const_data_ptr<scalar_t>();
     task.tol = tol;
     task.max_iter = max_iter;
-    run(task, method, w, false, symmetric, precision, buffer, kept, out);
+    run(task, method, w, false, symmetric, precision, packed, out);
   });
   return {out.value.to(grad.scalar_type()), out.status, out.iterations, out.residual, out.rejects};
 }

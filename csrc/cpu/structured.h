@@ -23,6 +23,12 @@ class Structured {
       open(l, l.pre);
       return true;
     }
+    if (!descends_ && l.iterations + 1 >= task_.max_iter) {  // the plain step is all that is left
+      copy(task_.size, l.value, l.point);
+      l.mode = Mode::kTrial;
+      l.next = Kind::kExact;
+      return true;
+    }
     const bool goes_on =
         descends_ ? energy_step(task_, l, at, relative, energy_) : minres_step(task_, l, relative);
     prepare(l);

@@ -42,9 +42,10 @@ void block(const T* in, T* out, int64_t size, int64_t row, int64_t column) {
 at::Tensor symmetric_part(const at::Tensor& a) {
   TORCH_CHECK(a.dim() == 2 && a.size(0) == a.size(1), "a square matrix is needed, got ", a.sizes());
   if (a.scalar_type() != at::kFloat && a.scalar_type() != at::kDouble) {
-    return at::add(a, a.t()).div_(2);
+    return at::add(a, a.t()).div_(2).contiguous();
   }
   const at::Tensor in = a.contiguous();
+  if (in.numel() == 0) return at::empty_like(in);
   at::Tensor out = at::empty_like(in);
   const int64_t size = in.size(0), blocks = (size + kBlock - 1) / kBlock;
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "symmetric_part", [&] {

@@ -243,7 +243,7 @@ class Worker {
       swap(l.point, l.value);
       return true;
     }
-    if (!finite && l.mode == Mode::kOpen) return fail(l);
+    if (!finite && (l.mode == Mode::kOpen || task_.solver == Solver::kMinres)) return fail(l);
     if (structured_.step(l, at, relative)) return true;
     finish(l, Status::kStagnated);
     return false;

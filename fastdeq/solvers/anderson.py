@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CheckedOptions, Problem, Step, check_range
+from .base import CheckedOptions, Problem, Step, check_integer, check_range
 
 
 @dataclass
@@ -74,10 +74,8 @@ class Anderson(CheckedOptions):
 
     def __post_init__(self) -> None:
         inf = float("inf")
-        if self.window != int(self.window):
-            raise ValueError(f"Anderson(window={self.window!r}): window must be an integer >= 1.")
-        object.__setattr__(self, "window", int(self.window))
-        check_range("Anderson", "window", self.window, 1, 1000, "an integer from 1 to 1000")
+        window = check_integer("Anderson", "window", self.window, 1, 1000)
+        object.__setattr__(self, "window", window)
         check_range("Anderson", "damping", self.damping, 1e-12, 1.0, "in (0, 1]")
         check_range("Anderson", "regularization", self.regularization, 0.0, inf, ">= 0")
         check_range("Anderson", "rank_tolerance", self.rank_tolerance, 0.0, inf, ">= 0")

@@ -8,6 +8,7 @@ stops samples one by one.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -135,7 +136,18 @@ class CheckedOptions:
         return super().__new__(cls)
 
 
+def check_integer(owner: str, name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int; raises ValueError unless it is one in ``[low, high]``."""
+    number = isinstance(value, numbers.Real)
+    if not number or not low <= value <= high or value != int(value):
+        raise ValueError(
+            f"{owner}({name}={value!r}): {name} must be an integer from {low} to {high}."
+        )
+    return int(value)
+
+
 def check_range(owner: str, name: str, value: float, low: float, high: float, text: str) -> None:
     """Raises ValueError unless ``low <= value <= high`` (NaN fails)."""
-    if not low <= value <= high:
+    number = isinstance(value, numbers.Real)
+    if not number or not low <= value <= high:
         raise ValueError(f"{owner}({name}={value!r}): {name} must be {text}.")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_range
+from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer
 from .heavy_ball import Momentum
 
 # What the point of evaluation is: a heavy-ball iterate, the first iterate of the descent, a
@@ -51,7 +51,10 @@ _LEAST_CURVATURE, _ASSUMED_CURVATURE = 1e-6, 0.3
 # After so many halvings the plain step takes the place of the Newton step: at a kink of phi only
 # that is sure to go downhill.
 _NEWTON_HALVINGS, _MOST_HALVINGS = 8, 30
-_SMALL_STEP = 0.1  # where the leading term of kappa is good to 1e-3
+_SMALL_STEP = 0.1  # where the leading term of kappa is good to 1e-3, or 0.1 across elu's kink
+# Below so many roundings of the residual its rounding decides whether E seems to fall: a few
+# halvings are enough to know.
+_FLOOR, _FLOOR_HALVINGS = 16, 3
 
 
 @dataclass
@@ -74,6 +77,7 @@ class _State:
     made: Tensor  # (B,) int32: directions used
     t: Tensor  # (B,)
     halvings: Tensor  # (B,) int32, of this step
+    floor: Tensor  # (B,) bool: the step began near the rounding floor
     energy: Tensor  # (B,) int32 counter
     curvature: Tensor
     trial: Tensor  # (B, n): a + t da
@@ -101,12 +105,8 @@ class Energy(CheckedOptions):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "momentum", bool(self.momentum))
-        if self.most_directions != int(self.most_directions):
-            raise ValueError(
-                f"Energy(most_directions={self.most_directions!r}): it must be an integer >= 1."
-            )
-        object.__setattr__(self, "most_directions", int(self.most_directions))
-        check_range("Energy", "most_directions", self.most_directions, 1, 10_000, "in [1, 10000]")
+        most = check_integer("Energy", "most_directions", self.most_directions, 1, 10_000)
+        object.__setattr__(self, "most_directions", most)
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         assert problem.affine is not None
@@ -125,6 +125,7 @@ class Energy(CheckedOptions):
             made=counter.clone(),
             t=torch.ones_like(zeros),
             halvings=counter.clone(),
+            floor=counter.bool(),
             energy=counter.clone(),
             curvature=counter.clone(),
             trial=rows,
@@ -185,7 +186,8 @@ class Energy(CheckedOptions):
         state.mode = torch.where(open_next, _OPEN, mode)
         state.mode = torch.where(tries, _TRIAL, state.mode)
         state.mode = torch.where(directs, _DIRECTION, state.mode).to(torch.int8)
-        return Step(following, state.mode != _DIRECTION, failed, state.halvings > _MOST_HALVINGS)
+        most = torch.where(state.floor, _FLOOR_HALVINGS, _MOST_HALVINGS)
+        return Step(following, state.mode != _DIRECTION, failed, state.halvings > most)
 
     def _energy_falls(self, state: _State, phi: Activation, z: Tensor, pre: Tensor) -> Tensor:
         """Whether E at the trial, evaluated at z with pre-activation pre, is low enough."""
@@ -196,7 +198,7 @@ class Energy(CheckedOptions):
         small = da * da * (slope - state.slope) / 12
         kappa = torch.where((da.abs() < _SMALL_STEP) & phi.smooth, small, gap)
         # On one linear piece, or one saturated side, the first form is rounding error alone.
-        alike = (slope == state.slope) & ((slope > 0) | (state.trial * state.a > 0))
+        alike = (slope == state.slope) & ((state.trial > 0) == (state.a > 0))
         kappa = torch.where(alike, 0.0, kappa)
         change = kappa - 0.5 * (state.s + (pre - state.trial)) * dz
         promised = (state.slope * state.s * da).double().sum(1)
@@ -226,6 +228,8 @@ class Energy(CheckedOptions):
         state.goal = torch.where(rows, forcing * forcing * square, state.goal)
         state.made = torch.where(rows, 0, state.made)
         state.halvings = torch.where(rows, 0, state.halvings)
+        floor = _FLOOR * torch.finfo(z.dtype).eps
+        state.floor = torch.where(rows, relative < floor, state.floor)
 
     def _conjugate_gradients(self, state: _State, rows: Tensor, running: Tensor) -> Tensor:
         """One step for the samples ``rows``; returns those that are done."""

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CheckedOptions, Problem, Step, check_range
+from .base import CheckedOptions, Problem, Step, check_integer
 
 
 @dataclass
@@ -59,10 +59,8 @@ class GMRES(CheckedOptions):
     rejects: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.restart != int(self.restart):
-            raise ValueError(f"GMRES(restart={self.restart!r}): restart must be an integer >= 1.")
-        object.__setattr__(self, "restart", int(self.restart))
-        check_range("GMRES", "restart", self.restart, 1, 10_000, "an integer from 1 to 10000")
+        restart = check_integer("GMRES", "restart", self.restart, 1, 10_000)
+        object.__setattr__(self, "restart", restart)
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         batch, size = point.shape

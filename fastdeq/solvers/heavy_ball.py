@@ -10,6 +10,9 @@ that leaves a fraction t of the residual, more than the rate of its omega, shows
 
     lambda = (t^2 + omega - 1) / (omega t).
 
+t is taken from one step or from the last three, whichever is less: after a step that happens to
+gain much, the next one seems to gain little.
+
 Sources: S. Frankel, Math. Tables Aids Comput. 4 (1950) 65; B. Polyak, USSR Comput. Math. Math.
 Phys. 4 (1964) 1; adaptive parameters: L. Hageman and D. Young, Applied Iterative Methods, 1981.
 """
@@ -35,7 +38,7 @@ class Momentum:
     """What heavy-ball steps remember of each sample."""
 
     previous: Tensor  # (B, n): the point before this one
-    norm: Tensor  # (B,): residual norm there
+    norms: tuple[Tensor, Tensor, Tensor]  # (B,) each: residual norms one, two, three points before
     radius: Tensor  # (B,): estimate of rho
     omega: Tensor  # (B,): of the step that led to this point
     count: Tensor  # (B,) int32: steps made
@@ -48,7 +51,7 @@ class Momentum:
         count = torch.zeros(len(point), dtype=torch.int32, device=point.device)
         radii = torch.full_like(column, radius)
         ones = torch.ones_like(column)
-        return cls(point, column, radii, ones, count, column.clone(), count.clone())
+        return cls(point, (column,) * 3, radii, ones, count, column, count)
 
     def step(self, point: Tensor, value: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The next point and which samples do not halve their residual in time."""
@@ -58,17 +61,17 @@ class Momentum:
         following = self.previous + omega.unsqueeze(1) * (value - self.previous)
         following = torch.where((self.count > 0).unsqueeze(1), following, value)
 
-        left = norm / self.norm  # 0 at the first evaluation
+        left = torch.minimum(norm / self.norms[0], (norm / self.norms[2]) ** (1 / 3))
         rate = torch.sqrt(self.omega - 1)
         seen = (left * left + self.omega - 1) / (self.omega * left)
-        better = (self.count > 1) & (left > rate)
+        better = (self.count > 3) & (left > rate)  # false for NaN
         radius = torch.maximum(self.radius, seen.clamp(max=LARGEST_RADIUS))
         self.radius = torch.where(better, radius, self.radius)
 
         halved = norm <= 0.5 * self.mark
         self.mark = torch.where(halved, norm, self.mark)
         self.since = torch.where(halved, 0, self.since + 1)
-        self.previous, self.norm, self.omega = point, norm, omega
+        self.previous, self.norms, self.omega = point, (norm, *self.norms[:2]), omega
         self.count = self.count + 1
         return following, self.since >= HALVE_WITHIN
 

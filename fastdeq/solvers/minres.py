@@ -33,6 +33,7 @@ _MOMENTUM, _OPEN, _DIRECTION, _VERIFY = 0, 1, 2, 3
 
 _AIM = 0.9  # of the tolerance, where the estimate is taken for met
 _DRIFT = 4.0
+_MOST_VAIN = 2  # restarts in a row that do not halve the residual
 
 
 @dataclass
@@ -57,6 +58,8 @@ class _State:
     aim: Tensor  # (B,): part of the tolerance to reach before the next verification
     exhausted: Tensor  # (B,) bool
     restart: Tensor  # (B,) int32 counter
+    restarted_at: Tensor  # (B,): residual norm at the last restart that halved it
+    vain: Tensor  # (B,) int32: restarts since
     tol: float
     updates_left: int
 
@@ -99,6 +102,8 @@ class MINRES(CheckedOptions):
             aim=torch.full_like(zeros, _AIM),
             exhausted=counter.bool(),
             restart=counter.clone(),
+            restarted_at=torch.full_like(zeros, torch.inf),
+            vain=counter,
             tol=problem.tol,
             updates_left=problem.max_iter,
         )
@@ -125,8 +130,11 @@ class MINRES(CheckedOptions):
             following = _where(open_next, state.h * state.base, following)
 
         verify = mode == _VERIFY
+        gained = norm < 0.5 * state.restarted_at
         anew = (mode == _OPEN) | (verify & (state.exhausted | ~(norm <= _DRIFT * state.phi)))
         state.restart += verify & anew & running
+        state.vain = torch.where(verify & anew, torch.where(gained, 0, state.vain + 1), state.vain)
+        state.restarted_at = torch.where(verify & anew & gained, norm, state.restarted_at)
         # Where the estimate is sound, on towards a lower goal.
         size = torch.linalg.vector_norm(value, dim=1)
         lower = (state.tol * size / norm).clamp(max=1.0) * _AIM
@@ -140,10 +148,11 @@ class MINRES(CheckedOptions):
         ready = ready | (directs & (state.updates_left <= 0))
         following = _where(directs, state.h * state.y, following)
         following = _where(ready, state.h * (state.base + state.x), following)
+        following = _where(ready & anew, value, following)  # no update left but the plain step
         for rows, next_mode in ((open_next, _OPEN), (directs, _DIRECTION), (ready, _VERIFY)):
             state.mode = torch.where(rows, next_mode, state.mode)
         # A residual of zero that does not meet the tolerance is one below the smallest number.
-        stalled = anew & (state.phi == 0)
+        stalled = anew & ((state.phi == 0) | (state.vain > _MOST_VAIN))
         return Step(following, state.mode != _DIRECTION, failed, stalled)
 
     def _begin(self, state: _State, rows: Tensor) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import CheckedOptions, Problem, Step, Structure, check_range
+from .base import CheckedOptions, Problem, Step, Structure, check_integer, check_range
 
 CERTIFIED = "certified"
 _MOST_CERTIFIED = 1_000_000
@@ -65,11 +64,13 @@ class Picard(CheckedOptions):
             if self.damping != 1.0:
                 raise ValueError(f'{owner}(fixed_iterations="certified") takes no damping.')
             return
-        if not isinstance(fixed, numbers.Real) or fixed != int(fixed) or fixed < 0:
+        if isinstance(fixed, str):
             raise ValueError(
-                f'{owner}(fixed_iterations={fixed!r}): it must be an integer >= 0 or "certified".'
+                f"{owner}(fixed_iterations={fixed!r}): fixed_iterations must be an integer or "
+                '"certified".'
             )
-        object.__setattr__(self, "fixed_iterations", int(fixed))
+        fixed = check_integer(owner, "fixed_iterations", fixed, 0, 10**9)
+        object.__setattr__(self, "fixed_iterations", fixed)
 
     def resolved(self, structure: Structure, tol: float) -> Picard:
         """The same with a number in the place of "certified"."""
