@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from equilibrium import PHI
 from problems import Problem
 from torch import Tensor, nn
 
@@ -172,7 +173,7 @@ class TorchDEQ(Contestant):
     def _map(self) -> Callable[[Tensor], Tensor]:
         weight, x, input_weight, bias = self.leaves
         c, transposed = F.linear(x, input_weight, bias), weight.t()
-        phi = getattr(torch, self.spec.activation)
+        phi = PHI[self.spec.activation]
 
         def plain(z: Tensor) -> Tensor:
             return phi(torch.addmm(c, z, transposed))

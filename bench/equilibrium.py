@@ -10,9 +10,16 @@ the semismooth Newton method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+PHI: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "identity": lambda t: t,
+}
 _CHUNK = 32  # samples whose Jacobians are held at once: 67 MB at d = 512
 _ROUNDING = 1e-13
 
@@ -23,7 +30,7 @@ def equilibrium(w: Tensor, c: Tensor, activation: str, *, contraction: bool) -> 
     Raises:
         RuntimeError: a sample for which no equilibrium was found.
     """
-    phi = getattr(torch, activation)
+    phi = PHI[activation]
     z = torch.zeros_like(c)
     for k in range(3000 if contraction else 500):
         value = phi(z @ w.t() + c)
@@ -43,8 +50,14 @@ def equilibrium(w: Tensor, c: Tensor, activation: str, *, contraction: bool) -> 
     return z
 
 
+def _slope(activation: str, value: Tensor) -> Tensor:
+    if activation == "identity":
+        return torch.ones_like(value)
+    return 1 - value**2 if activation == "tanh" else (value > 0).to(value.dtype)
+
+
 def _newton(w: Tensor, z: Tensor, c: Tensor, activation: str) -> Tensor:
-    phi, identity = getattr(torch, activation), torch.eye(len(w), dtype=w.dtype)
+    phi, identity = PHI[activation], torch.eye(len(w), dtype=w.dtype)
 
     def residual(point: Tensor) -> Tensor:
         return phi(point @ w.t() + c) - point
@@ -55,7 +68,7 @@ def _newton(w: Tensor, z: Tensor, c: Tensor, activation: str) -> Tensor:
         if float((norm / (z + r).norm(dim=1)).max()) < _ROUNDING:
             break
         value = z + r
-        slope = 1 - value**2 if activation == "tanh" else (value > 0).to(w.dtype)
+        slope = _slope(activation, value)
         step = torch.linalg.solve(identity - slope.unsqueeze(2) * w, r)
         length = torch.ones_like(norm)
         for _ in range(12):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import Contestant, Counts, FastDEQ
+from equilibrium import PHI
 from problems import Problem
 from torch import Tensor
 
@@ -21,7 +22,7 @@ Step = Callable[..., tuple[Tensor, Tensor]]
 def _forward_step(
     z: Tensor, c: Tensor, transposed: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    value = getattr(torch, activation)(torch.addmm(c, z, transposed))
+    value = PHI[activation](torch.addmm(c, z, transposed))
     return value, _residual(value, z)
 
 

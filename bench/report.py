@@ -88,6 +88,7 @@ def _costs(races: list[Race]) -> list[str]:
     for race in races:
         spec = race.spec
         cells = [
+            spec.activation,
             spec.weight,
             f"{spec.scale:g}",
             spec.size,

@@ -21,19 +21,25 @@ SPECS = (
     Spec(256, 64, scale=0.99, tol=1e-5),
     Spec(256, 64, scale=0.9, tol=1e-5, weight="symmetric"),
     Spec(256, 64, scale=0.99, tol=1e-5, weight="symmetric"),
-    Spec(256, 64, "relu", scale=0.99, tol=1e-5),
-    Spec(256, 64, "relu", scale=0.99, tol=1e-5, weight="symmetric"),
+    # With dense weights of scale 0.99 hardly anybody converges on these two kinds.
+    Spec(256, 64, scale=0.9, tol=1e-5, inputs="small"),
+    Spec(256, 64, scale=0.99, tol=1e-5, inputs="small", weight="symmetric"),
+    Spec(256, 64, "identity", scale=0.9, tol=1e-5),
+    Spec(256, 64, "identity", scale=0.99, tol=1e-5, weight="symmetric"),
     Spec(512, 128, scale=0.99, tol=1e-5),
     Spec(512, 128, scale=0.99, tol=1e-5, weight="symmetric"),
     Spec(1024, 1, scale=0.99, tol=1e-5),
     Spec(1024, 1, scale=0.99, tol=1e-5, weight="symmetric"),
 )
+
+
+def _key(spec: Spec) -> str:
+    parts = (spec.weight, f"{spec.scale:g}", spec.activation, spec.inputs, f"{spec.d}x{spec.batch}")
+    return "-".join(parts)
+
+
 RACES = [
-    pytest.param(
-        spec,
-        entry.name,
-        id=f"{spec.weight}-{spec.scale:g}-{spec.activation}-{spec.d}x{spec.batch}-{entry.name}",
-    )
+    pytest.param(spec, entry.name, id=f"{_key(spec)}-{entry.name}")
     for spec in SPECS
     for entry in SCALING_ENTRIES
 ]
@@ -42,8 +48,7 @@ RACES = [
 @pytest.mark.timeout(1200)  # the first contestant of a race waits for all of it
 @pytest.mark.parametrize(("spec", "name"), RACES)
 def test_bench_structure_race(benchmark, races, spec, name):
-    key = f"{spec.weight}-{spec.scale:g}-{spec.activation}-{spec.d}x{spec.batch}"
-    bench(benchmark, races, "structure", key, spec, "full", name, scaling=True)
+    bench(benchmark, races, "structure", _key(spec), spec, "full", name, scaling=True)
 
 
 @pytest.mark.parametrize("radius", RADII)

@@ -146,7 +146,9 @@ void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   line.sums = reinterpret_cast<double*>(at);
   at += sums_bytes(task);
   T* row = reinterpret_cast<T*>(at);
-  for (int64_t i = 0; i < rows * stride; ++i) row[i] = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = task.size; j < stride; ++j) row[i * stride + j] = 0;
+  }
   line.point = row;
   line.value = row + stride;
   line.pre = row + 2 * stride;
@@ -160,11 +162,7 @@ void place_buffers(const SolveTask<T>& task, Line<T>& line, std::byte* at) {
   for (int i = 0; i < kWork; ++i) line.work[i] = row + i * stride;
   at += rows * stride * int64_t(sizeof(T));
   line.change = at;
-  if (task.ramp) {
-    const int64_t bytes = align(2 * stride);
-    for (int64_t i = 0; i < bytes; ++i) at[i] = std::byte(0);
-    at += bytes;
-  }
+  if (task.ramp) at += align(2 * stride);  // written as far as it is read
   line.f_history = line.g_history = nullptr;
   line.gram = nullptr;
   if (task.window > 0) {

@@ -69,6 +69,18 @@ bool is_packed(const at::Tensor& t, const PackedHeader& wanted) {
          *static_cast<const PackedHeader*>(t.const_data_ptr()) == wanted;
 }
 
+// Memory of a calling thread that outlives the call: fresh pages cost more than a small solve. A
+// large one is not kept.
+constexpr int64_t kKeptBytes = int64_t(1) << 25;
+
+template <int kUse>
+at::Tensor workspace(int64_t bytes, const at::TensorOptions& options) {
+  thread_local at::Tensor kept;
+  if (bytes > kKeptBytes) return at::empty({bytes}, options);
+  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options);
+  return kept;
+}
+
 struct Outputs {
   at::Tensor value, status, iterations, residual, rejects;
 
@@ -143,14 +155,17 @@ at::Tensor run(SolveTask<T>& task, const Method& method, const at::Tensor& weigh
 
   if (triangle) task.triangle_parts = shared ? threads : 1;
   const auto bytes = weight.options().dtype(at::kByte);
-  const at::Tensor scratch = at::empty({workers * engine.scratch_bytes(task)}, bytes);
+  const at::Tensor scratch = workspace<0>(workers * engine.scratch_bytes(task), bytes);
   task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;
 
   const PackedHeader wanted = packed_header(task, &engine);
   const bool fits = symmetric && kept.has_value() && is_packed(*kept, wanted);
-  const at::Tensor packed = fits ? *kept : at::empty({packed_bytes(task.size)}, bytes);
+  const int64_t room = packed_bytes(task.size);
+  const at::Tensor packed = fits        ? *kept
+                            : symmetric ? at::empty({room}, bytes)  // outlives the call
+                                        : workspace<1>(room, bytes);
   auto* const at_packed = static_cast<std::byte*>(const_cast<void*>(packed.const_data_ptr()));
   place_packed(task, at_packed, engine.padded(task.size));
   if (triangle && !fits) {
