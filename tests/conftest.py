@@ -6,7 +6,7 @@ import pytest
 import torch
 from layer_cases import Residual, affine
 
-from fastdeq import DEQLayer
+from fastdeq import DEQLayer, parametrizations
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +28,17 @@ def make_layer(request):
         return DEQLayer(affine() if request.param == "fused" else Residual(), **options)
 
     return make
+
+
+@pytest.fixture
+def count_factorisations(monkeypatch):
+    """Counts factorisations made through a cache."""
+    calls = []
+    original = parametrizations.factors
+
+    def counted(a, *args):
+        calls.append(tuple(a.shape))
+        return original(a, *args)
+
+    monkeypatch.setattr(parametrizations, "factors", counted)
+    return calls
