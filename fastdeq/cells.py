@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activation
 from .choices import check_choice, check_options
 from .solvers import Structure
-from .weights import Dense, make_weight
+from .weights import TAGS, WEIGHTS, Symmetric, make_weight
 
 _ALMOST_SYMMETRIC = 1e-2  # what rounding to bfloat16 may do
 
@@ -56,7 +59,7 @@ class AffineCell(nn.Module):
         self.activation = activation
         self.weight = make_weight(weight, features, scale, device, dtype)
         self.injection = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
-        self._believed = isinstance(self.weight, Dense)
+        self._believed: int | None = None  # the id of the weight whose tags were looked at
 
     @property
     def phi(self) -> Activation:
@@ -68,23 +71,33 @@ class AffineCell(nn.Module):
 
         Raises:
             ValueError: the weight module returns another shape, or is tagged "symmetric" and is
-                not (looked at once).
+                not (looked at once for each module).
         """
-        weight: Tensor = self.weight()
+        weight: Any = self.weight()
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"{type(self.weight).__name__} returned a {type(weight).__name__}; its forward() "
+                f"must return W ({self.features}, {self.features})."
+            )
         if weight.shape != (self.features, self.features):
             raise ValueError(
                 f"{type(self.weight).__name__} returned a weight of shape {tuple(weight.shape)}; "
                 f"AffineCell(features={self.features}) needs ({self.features}, {self.features})."
             )
-        if not self._believed and not torch.compiler.is_compiling():
+        if self._believed != id(self.weight) and not torch.compiler.is_compiling():
             self._check_tags(weight.detach())
-            self._believed = True
-        return weight
+        checked: Tensor = weight
+        return checked
 
     def _check_tags(self, weight: Tensor) -> None:
-        # A user's word for it: where it is wrong, gradients would be, and nobody would notice.
-        if "symmetric" not in self.structure().tags or not weight.isfinite().all():
-            return
+        own = type(self.weight) in WEIGHTS.values()
+        if not own and "symmetric" in self.structure().tags:
+            if not weight.isfinite().all():
+                return  # not to be judged yet
+            self._check_symmetry(weight)
+        self._believed = id(self.weight)
+
+    def _check_symmetry(self, weight: Tensor) -> None:
         apart = float((weight - weight.t()).abs().amax() / weight.abs().amax().clamp(min=1e-30))
         if apart > _ALMOST_SYMMETRIC:
             raise ValueError(
@@ -110,7 +123,7 @@ class AffineCell(nn.Module):
             or self._backward_pre_hooks
         ):
             return False
-        parts = ("forward", "phi", "inject", "recurrent_weight")
+        parts = ("forward", "phi", "inject", "recurrent_weight", "initial_state")
         kind = type(self)
         return kind is AffineCell or all(getattr(kind, p) is getattr(AffineCell, p) for p in parts)
 
@@ -120,12 +133,12 @@ class AffineCell(nn.Module):
 
     def structure(self) -> Structure:
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
-        norm_bound = getattr(self.weight, "norm_bound", lambda: None)()
+        tags, norm_bound = _stated(self.weight)
         contraction = None if norm_bound is None else norm_bound * self.phi.lipschitz
-        tags: frozenset[str] = frozenset(getattr(self.weight, "tags", ()))
+        exact = type(self.weight) is Symmetric and "symmetric" in tags
         if self.phi.monotone:
             tags = tags | {"monotone"}
-        return Structure(contraction, tags, affine=True)
+        return Structure(contraction, tags, affine=True, exact=exact)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step ``f(z, x)``, ``(B, features)``."""
@@ -166,3 +179,23 @@ class AffineCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.features}, activation={self.activation!r}"
+
+
+def _stated(weight: nn.Module) -> tuple[frozenset[str], float | None]:
+    """What a weight says of itself, or an error that says what it may say."""
+    tags: Any = getattr(weight, "tags", frozenset())
+    name = type(weight).__name__
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+        raise TypeError(
+            f'{name}.tags must be a set of names such as {{"symmetric"}}, not {tags!r}.'
+        )
+    for tag in tags:
+        check_choice(tag, TAGS, f"tag of {name}")
+    bound = getattr(weight, "norm_bound", None)
+    if bound is not None and not callable(bound):
+        raise TypeError(f"{name}.norm_bound must be a method that returns a number or None.")
+    value: Any = None if bound is None else bound()
+    number = value is None or isinstance(value, numbers.Real)
+    if not number or (value is not None and not value >= 0):
+        raise ValueError(f"{name}.norm_bound() is {value!r}; it must be a number >= 0, or None.")
+    return frozenset(tags), None if value is None else float(value)

@@ -136,7 +136,7 @@ def solve_affine(
         options.max_iter,
         options.precision,
         options.backend,
-        "symmetric" in structure.tags,
+        structure.exact,
     )
     wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
     affine.check_precision(options.precision, options.backend, weight, solver)
@@ -169,6 +169,6 @@ def adjoint_plan(
         options.precision,
         options.backend,
         ops.implementation(options.backend, device),
-        structure.affine and "symmetric" in structure.tags,
+        structure.exact,
         report,
     )

@@ -32,7 +32,8 @@ class DEQLayer(nn.Module):
             gradient of one application of the cell, biased and cheap).
         tol: relative residual ``|f(z) - z| / |f(z)|`` per sample at which a sample has converged.
         adjoint_tol: the same for the adjoint; None: ``tol``.
-        max_iter: most updates of a sample; one further evaluation verifies the last of them.
+        max_iter: most updates of a sample; one further evaluation verifies the last of them. A
+            solver with ``fixed_iterations`` has its own count.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
         precision: of the products inside the solve of a float32 :class:`AffineCell`. "auto": early
             iterations with 8-bit and bfloat16 products where the processor has them and they are

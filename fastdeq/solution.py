@@ -34,6 +34,7 @@ class Solution:
         residual: ``(B,)`` float32 or float64, ``|f(z) - z| / (|f(z)| + 1e-9)`` of ``value``,
             2-norms per sample, measured before any rounding of ``value`` to a half-precision type.
         rejects: per-sample counters ``(B,)`` int32 of steps a solver took back, by reason.
+        error_bound: ``(B,)`` or None, what the distance to the equilibrium cannot exceed.
         contraction: a bound on the Lipschitz constant of the map in the 2-norm, None if unknown.
     """
 
@@ -113,8 +114,9 @@ ON_FAILURE = ("warn", "raise", "ignore")
 _ADVICE = {
     Status.MAX_ITER: "raise max_iter or tol, or try another solver",
     Status.STAGNATED: (
-        "raise tol (the rounding floor of the cell's dtype may lie above it), reduce the weight "
-        "scale, or use orthogonal or symmetric weights"
+        'raise tol (the rounding floor of the cell\'s dtype may lie above it), take solver="auto" '
+        "where it is another, reduce the weight scale (with an unbounded activation such as relu "
+        "there may be no equilibrium), or use orthogonal or symmetric weights"
     ),
     Status.NONFINITE: "look for NaN or infinity in the input, the weights and the cell",
 }

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .choices import check_choice
+from .choices import check_choice, check_options
 from .parametrizations import OrthogonalMap, SymmetricMap, orthogonal_factor
+
+TAGS = ("orthogonal", "symmetric")
 
 
 class Dense(nn.Module):
@@ -63,6 +65,7 @@ class _Structured(Dense):
     initialised with it."""
 
     structure: str
+    options: tuple[str, ...] = ()  # beyond those of every family
 
     def __init__(
         self,
@@ -72,7 +75,11 @@ class _Structured(Dense):
         parametrized: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: object,
     ):
+        check_options(
+            unknown, (*self.options, "parametrized", "device", "dtype"), type(self).__name__
+        )
         self.parametrized = parametrized
         super().__init__(features, scale, device=device, dtype=dtype)
         self.tags = frozenset({self.structure}) if parametrized else frozenset()
@@ -108,6 +115,7 @@ class Orthogonal(_Structured):
     """
 
     structure = "orthogonal"
+    options = ("max_scale",)
     stored_scale: Tensor
     raw_scale: nn.Parameter
 
@@ -179,7 +187,10 @@ def _below(bound: float, dtype: torch.dtype) -> float:
 def _check_max_scale(scale: float, max_scale: float, parametrized: bool) -> None:
     if not parametrized:
         raise ValueError("max_scale needs parametrized=True: otherwise W itself is learned.")
-    if not 0 < scale < _below(max_scale, torch.float32) < math.inf:
+    if (
+        not isinstance(max_scale, numbers.Real)
+        or not 0 < scale < _below(max_scale, torch.float32) < math.inf
+    ):
         raise ValueError(
             "a learned scale starts inside its bound: 0 < scale < max_scale < infinity is needed, "
             f"got scale={scale!r} and max_scale={max_scale!r}."
@@ -204,6 +215,7 @@ class Symmetric(_Structured):
     """
 
     structure = "symmetric"
+    options = ("max_eigenvalue",)
 
     def __init__(
         self, features: int, scale: float, *, max_eigenvalue: float | None = None, **options: Any

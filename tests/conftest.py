@@ -42,3 +42,9 @@ def count_factorisations(monkeypatch):
 
     monkeypatch.setattr(parametrizations, "factors", counted)
     return calls
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile gives up on a function that it has compiled for too many objects."""
+    torch._dynamo.reset()

@@ -190,7 +190,7 @@ def test_opcheck_of_the_cholesky_form_and_the_gradient():
 
 
 @pytest.mark.parametrize("n", [6, SIZE])
-def test_compiles_without_graph_breaks(n):
+def test_compiles_without_graph_breaks(fresh_compiler, n):
     a = with_condition(n, n, 5).requires_grad_()
 
     def loss(a):

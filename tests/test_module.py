@@ -189,7 +189,7 @@ def make_like(layer):
     ],
     ids=str,
 )
-def test_compile_without_graph_breaks(weight, solver, adjoint):
+def test_compile_without_graph_breaks(fresh_compiler, weight, solver, adjoint):
     layer = make(weight, solver=solver, adjoint=adjoint)
     x = torch.randn(4, 5)
     expected = layer(x)

@@ -216,7 +216,7 @@ def test_opcheck_of_the_adjoint_solve(solver):
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_compiled_layer(batch):
+def test_compiled_layer(fresh_compiler, batch):
     size = 512 if batch == 1 else 24
     cell = AffineCell(6, size, weight="symmetric", scale=0.8, dtype=torch.float64)
     layer = DEQLayer(cell, tol=1e-9, on_failure="ignore")
@@ -273,3 +273,11 @@ def test_names_that_serve_one_direction_only():
     hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="solved as one"):
         DEQLayer(hooked, solver="energy")(torch.randn(2, 3))
+
+
+def test_a_certified_solve_compiles(fresh_compiler):
+    certified = {"solver": Picard(fixed_iterations="certified"), "adjoint": "neumann"}
+    layer = DEQLayer(AffineCell(4, 16, weight="orthogonal", scale=0.8), **certified)
+    x = torch.randn(3, 4)
+    z = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(z, layer(x))

@@ -209,30 +209,6 @@ def test_orthogonal_weight_in_bfloat16():
     assert module.weight.grad.isfinite().all()
 
 
-class LowRank(torch.nn.Module):
-    """A user's weight: W = s A B^T, with a norm bound that holds at any time."""
-
-    def __init__(self, features, rank):
-        super().__init__()
-        self.a = torch.nn.Parameter(torch.randn(features, rank))
-        self.b = torch.nn.Parameter(torch.randn(features, rank))
-
-    def forward(self):
-        return 0.8 * (self.a / self.a.norm()) @ (self.b / self.b.norm()).T
-
-    def norm_bound(self):
-        return 0.8
-
-
-def test_user_weight_object_and_what_it_states():
-    layer = DEQLayer(AffineCell(3, 10, weight=LowRank(10, 2)))
-    layer(torch.randn(4, 3)).sum().backward()
-    assert all(p.grad.isfinite().all() for p in layer.parameters())
-    assert layer.cell.structure().contraction == 0.8
-    # A bound below one lets "auto" take plain iteration, which counts no rejects.
-    assert layer.last_solution.rejects == {}
-
-
 def test_scale_of_an_orthogonal_weight_travels_in_the_state_dict():
     source, target = Orthogonal(6, 0.9), Orthogonal(6, 0.3)
     target.load_state_dict(source.state_dict())
@@ -248,24 +224,3 @@ def test_scale_of_an_orthogonal_weight_travels_in_the_state_dict():
 def test_a_scale_that_is_none_says_what_is_needed(weight, scale):
     with pytest.raises(ValueError, match="finite scale >= 0"):
         AffineCell(4, 8, weight=weight, scale=scale)
-
-
-class Tagged(torch.nn.Module):
-    """A user's weight with a tag."""
-
-    tags = frozenset({"symmetric"})
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = torch.nn.Parameter(weight)
-
-    def forward(self):
-        return self.weight
-
-
-def test_a_weight_that_is_not_what_its_tag_says_is_refused():
-    w = torch.randn(6, 6)
-    layer = DEQLayer(AffineCell(3, 6, weight=Tagged(w + w.T)))
-    layer(torch.randn(2, 3))
-    with pytest.raises(ValueError, match="but its W is not"):
-        DEQLayer(AffineCell(3, 6, weight=Tagged(w)))(torch.randn(2, 3))

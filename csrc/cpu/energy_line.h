@@ -27,7 +27,7 @@ struct EnergyRows {
   T *a, *z, *s, *h, *da, *residual, *direction, *trial;
 };
 
-// The trial takes the place of the Anderson solver's slope, which a forward solve has no use for.
+// The trial takes the place of the adjoint's slope, which a forward solve has no use for.
 template <typename T>
 EnergyRows<T> energy_rows(const Line<T>& line) {
   T* const* w = line.work;

@@ -29,7 +29,7 @@ struct Line {
   T* best;  // the best verified iterate, and its pre-activation
   T* best_pre;
   T* injection;
-  T* slope;           // adjoint only
+  T* slope;           // adjoint only; the energy solver has its trials there
   std::byte* change;  // ramp only: the next point minus this one, in bytes or bfloat16
   T* last;            // heavy ball only: the last change of the point
   T* work[kWork];     // see energy_line.h and minres_line.h

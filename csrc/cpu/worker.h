@@ -254,7 +254,8 @@ class Worker {
   }
 
   bool fail(Line<T>& l) {
-    finish(l, Status::kNonfinite);
+    const Status limit = at_the_limit(l);  // converged before, where there is no stop test
+    finish(l, limit == Status::kConverged ? limit : Status::kNonfinite);
     return false;
   }
 

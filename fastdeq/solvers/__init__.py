@@ -81,7 +81,12 @@ def choose(solver: str | Solver, structure: Structure, tol: float, *, adjoint: b
         raise ValueError(
             f"solver {chosen.name!r} needs an AffineCell with a symmetric weight (such as "
             'weight="symmetric") and a monotone activation, solved as one; '
-            + (f"this map is not known to be {', '.join(sorted(missing))}." if missing else "")
+            + (
+                f"this map is not known to be {', '.join(sorted(missing))}."
+                if structure.affine
+                else "this one is solved as a general map: it is no AffineCell, or has hooks, "
+                "overridden methods, further arguments, or a solver class of your own."
+            )
         )
     return chosen.resolved(structure, tol) if isinstance(chosen, Picard) else chosen
 

@@ -28,12 +28,14 @@ class Structure:
 
     ``contraction`` bounds its Lipschitz constant in the 2-norm (None: unknown); ``tags`` are the
     tags of the weight ("orthogonal", "symmetric") and of the activation ("monotone"); ``affine``
-    says that it is ``phi(W z + c)``, solved as one.
+    says that it is ``phi(W z + c)``, solved as one, and ``exact`` that W is symmetric to the last
+    bit at all times, so that half of it will do.
     """
 
     contraction: float | None = None
     tags: frozenset[str] = frozenset()
     affine: bool = False
+    exact: bool = False
 
 
 class AffineMap:

@@ -104,7 +104,8 @@ class Energy(CheckedOptions):
     rejects: ClassVar[tuple[str, ...]] = ("energy", "curvature")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "momentum", bool(self.momentum))
+        momentum = check_integer("Energy", "momentum", self.momentum, 0, 1)  # a switch
+        object.__setattr__(self, "momentum", bool(momentum))
         most = check_integer("Energy", "most_directions", self.most_directions, 1, 10_000)
         object.__setattr__(self, "most_directions", most)
 
@@ -142,7 +143,7 @@ class Energy(CheckedOptions):
         if state.fresh:
             state.fresh = False
             state.a = pre
-            open_next = mode == _OPEN
+            open_next = (mode == _OPEN) & finite
         failed = (mode <= _OPEN) & ~finite & ~open_next
 
         if bool((mode == _MOMENTUM).any()):

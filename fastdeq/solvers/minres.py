@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step
+from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer
 from .heavy_ball import Momentum
 
 _MOMENTUM, _OPEN, _DIRECTION, _VERIFY = 0, 1, 2, 3
@@ -83,7 +83,8 @@ class MINRES(CheckedOptions):
     rejects: ClassVar[tuple[str, ...]] = ("restart",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "momentum", bool(self.momentum))
+        momentum = check_integer("MINRES", "momentum", self.momentum, 0, 1)  # a switch
+        object.__setattr__(self, "momentum", bool(momentum))
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         assert problem.affine is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -41,10 +41,10 @@ class Picard(CheckedOptions):
 
     Args:
         damping: in (0, 1].
-        fixed_iterations: so many steps and no stop test, so that nothing waits for a number from
-            the device; the residual of the last one is reported. 0: until ``tol`` or ``max_iter``.
-            "certified": as many as ``tol`` needs in the worst case, from a start at zero, for a map
-            known to contract (``Orthogonal`` with a scale below 1).
+        fixed_iterations: so many steps, whatever ``max_iter``, and no stop test, so that nothing
+            waits for a number from the device; the residual of the last one is reported. 0: until
+            ``tol`` or ``max_iter``. "certified": as many as ``tol`` needs in the worst case, from a
+            start at zero, for a map known to contract (``Orthogonal`` with a scale below 1).
     """
 
     damping: float = 1.0
@@ -80,9 +80,14 @@ class Picard(CheckedOptions):
             raise ValueError(
                 'fixed_iterations="certified" needs a map known to contract, such as an '
                 'AffineCell with weight="orthogonal", a scale below 1 and a nonexpansive '
-                f"activation; the bound on its Lipschitz constant is {structure.contraction}."
+                "activation and no hooks or overridden methods; the bound on its Lipschitz "
+                f"constant is {structure.contraction}."
             )
-        return replace(self, fixed_iterations=certified_iterations(structure.contraction, tol))
+        resolved = object.__new__(type(self))  # a compiler cannot follow a dataclass's own way
+        object.__setattr__(resolved, "damping", self.damping)
+        count = certified_iterations(structure.contraction, tol)
+        object.__setattr__(resolved, "fixed_iterations", count)
+        return resolved
 
     def init(self, point: Tensor, problem: Problem) -> None:
         return None
