@@ -76,6 +76,7 @@ def report() -> str:
         "anderson_mix": {device: ops.serving(device) for device in ("cpu", "cuda")},
         "solve_affine": solves,
         "solve_affine_adjoint": solves,
+        "symmetric_part": solves,
     }
     lines = [f"{key:18} {value}" for key, value in rows.items()]
     lines += ["", 'with backend="auto":', f"{'operator':22} {'on cpu':12} on cuda"]

@@ -9,18 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-
-
-def affine_step(weight: Tensor, injection: Tensor, z: Tensor, activation: str) -> Tensor:
-    """``phi(z W^T + c)`` for rows z ``(B, d)``, weight ``(d, d)`` and injection c ``(B, d)``."""
-    return ACTIVATIONS[activation].function(torch.addmm(injection, z, weight.t()))
-
-
-def affine_adjoint_step(weight: Tensor, slope: Tensor, grad: Tensor, q: Tensor) -> Tensor:
-    """``D (g + q W)``: one step of the adjoint in ``q = D u``; all but the weight ``(B, d)``."""
-    return slope * torch.addmm(grad, q, weight)
-
 
 def symmetric_part(a: Tensor) -> Tensor:
     """``(A + A^T) / 2`` of a square matrix, exactly symmetric."""

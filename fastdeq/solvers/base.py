@@ -138,6 +138,11 @@ class CheckedOptions:
         return super().__new__(cls)
 
 
+def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a ``(B, n)`` for the samples ``rows`` ``(B,)`` bool, b for the others."""
+    return torch.where(rows.unsqueeze(1), a, b)
+
+
 def check_integer(owner: str, name: str, value: Any, low: int, high: int) -> int:
     """``value`` as an int; raises ValueError unless it is one in ``[low, high]``."""
     number = isinstance(value, numbers.Real)

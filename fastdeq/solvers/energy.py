@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer
+from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer, where_rows
 from .heavy_ball import Momentum
 
 # What the point of evaluation is: a heavy-ball iterate, the first iterate of the descent, a
@@ -150,13 +150,13 @@ class Energy(CheckedOptions):
             heavy = mode == _MOMENTUM
             relative = norm / (torch.linalg.vector_norm(value, dim=1) + RESIDUAL_EPS)
             lower = heavy & (relative < state.lowest)
-            state.a = _where(lower, pre, state.a)
+            state.a = where_rows(lower, pre, state.a)
             state.lowest = torch.where(lower, relative, state.lowest)
             following, slow = state.momentum.step(point, value, norm)
             hand_over = heavy & (slow | ~finite) & state.lowest.isfinite()
             failed = failed & ~hand_over
             open_next = open_next | hand_over
-            following = _where(heavy, following, point)
+            following = where_rows(heavy, following, point)
 
         trial = mode == _TRIAL
         accepted = (mode == _OPEN) & ~open_next
@@ -168,9 +168,9 @@ class Energy(CheckedOptions):
             state.halvings = torch.where(rejected, state.halvings + 1, 0)
             state.t = torch.where(rejected, 0.5 * state.t, 1.0)
             plain = rejected & (state.halvings == _NEWTON_HALVINGS)
-            state.da = _where(plain, state.s, state.da)
+            state.da = where_rows(plain, state.s, state.da)
             state.t = torch.where(plain, 1.0, state.t)
-            state.a = _where(trial & fell, state.trial, state.a)
+            state.a = where_rows(trial & fell, state.trial, state.a)
         done = self._conjugate_gradients(state, mode == _DIRECTION, running)
         if bool(accepted.any()):
             size = torch.linalg.vector_norm(value, dim=1)
@@ -181,9 +181,9 @@ class Energy(CheckedOptions):
         state.trial = state.a + state.t.unsqueeze(1) * state.da
         tries = done | (trial & ~accepted)
         directs = (mode == _DIRECTION) & ~done | (accepted & ~done)
-        following = _where(open_next, phi.function(state.a), following)
-        following = _where(tries, phi.function(state.trial), following)
-        following = _where(directs, state.h * state.direction, following)
+        following = where_rows(open_next, phi.function(state.a), following)
+        following = where_rows(tries, phi.function(state.trial), following)
+        following = where_rows(directs, state.h * state.direction, following)
         state.mode = torch.where(open_next, _OPEN, mode)
         state.mode = torch.where(tries, _TRIAL, state.mode)
         state.mode = torch.where(directs, _DIRECTION, state.mode).to(torch.int8)
@@ -220,11 +220,11 @@ class Energy(CheckedOptions):
         rhs = h * s
         square = rhs.square().double().sum(1).to(rhs.dtype)
         forcing = (relative**_FORCING_POWER).clamp(max=_MOST_FORCING)
-        state.z, state.s = _where(rows, z, state.z), _where(rows, s, state.s)
-        state.slope, state.h = _where(rows, slope, state.slope), _where(rows, h, state.h)
-        state.da = _where(rows, s, state.da)
-        state.residual = _where(rows, rhs, state.residual)
-        state.direction = _where(rows, rhs, state.direction)
+        state.z, state.s = where_rows(rows, z, state.z), where_rows(rows, s, state.s)
+        state.slope, state.h = where_rows(rows, slope, state.slope), where_rows(rows, h, state.h)
+        state.da = where_rows(rows, s, state.da)
+        state.residual = where_rows(rows, rhs, state.residual)
+        state.direction = where_rows(rows, rhs, state.direction)
         state.square = torch.where(rows, square, state.square)
         state.goal = torch.where(rows, forcing * forcing * square, state.goal)
         state.made = torch.where(rows, 0, state.made)
@@ -246,12 +246,12 @@ class Energy(CheckedOptions):
         assumed = torch.maximum(curvature.abs(), _ASSUMED_CURVATURE * length)
         alpha = (state.square / torch.where(flat, assumed, curvature)).to(product.dtype)
         moved = state.da + alpha.unsqueeze(1) * product
-        state.da = _where(rows & curvature.isfinite(), moved, state.da)
+        state.da = where_rows(rows & curvature.isfinite(), moved, state.da)
         residual = state.residual - alpha.unsqueeze(1) * image
         square = residual.square().double().sum(1).to(product.dtype)
         direction = residual + (square / state.square).unsqueeze(1) * state.direction
-        state.residual = _where(goes_on, residual, state.residual)
-        state.direction = _where(goes_on, direction, state.direction)
+        state.residual = where_rows(goes_on, residual, state.residual)
+        state.direction = where_rows(goes_on, direction, state.direction)
         state.square = torch.where(goes_on, square, state.square)
         state.made = state.made + goes_on
         enough = (state.square <= state.goal) | (state.made >= self.most_directions)
@@ -259,7 +259,3 @@ class Energy(CheckedOptions):
 
     def counters(self, state: _State) -> tuple[Tensor, ...]:
         return state.energy, state.curvature
-
-
-def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(rows.unsqueeze(1), a, b)

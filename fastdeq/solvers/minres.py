@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer
+from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer, where_rows
 from .heavy_ball import Momentum
 
 _MOMENTUM, _OPEN, _DIRECTION, _VERIFY = 0, 1, 2, 3
@@ -122,13 +122,13 @@ class MINRES(CheckedOptions):
         if bool(heavy.any()):
             relative = norm / (torch.linalg.vector_norm(value, dim=1) + RESIDUAL_EPS)
             lower = heavy & (relative < state.lowest)
-            state.base = _where(lower, state.h * state.map.pre, state.base)
+            state.base = where_rows(lower, state.h * state.map.pre, state.base)
             state.lowest = torch.where(lower, relative, state.lowest)
             stepped, slow = state.momentum.step(point, value, norm)
-            following = _where(heavy, stepped, point)
+            following = where_rows(heavy, stepped, point)
             open_next = heavy & (slow | ~finite) & state.lowest.isfinite()
             failed = failed & ~open_next
-            following = _where(open_next, state.h * state.base, following)
+            following = where_rows(open_next, state.h * state.base, following)
 
         verify = mode == _VERIFY
         gained = norm < 0.5 * state.restarted_at
@@ -147,9 +147,9 @@ class MINRES(CheckedOptions):
         directs = anew | verify | ((mode == _DIRECTION) & ~ready)
         # The last update is to be an iterate.
         ready = ready | (directs & (state.updates_left <= 0))
-        following = _where(directs, state.h * state.y, following)
-        following = _where(ready, state.h * (state.base + state.x), following)
-        following = _where(ready & anew, value, following)  # no update left but the plain step
+        following = where_rows(directs, state.h * state.y, following)
+        following = where_rows(ready, state.h * (state.base + state.x), following)
+        following = where_rows(ready & anew, value, following)  # no update left but the plain step
         for rows, next_mode in ((open_next, _OPEN), (directs, _DIRECTION), (ready, _VERIFY)):
             state.mode = torch.where(rows, next_mode, state.mode)
         # A residual of zero that does not meet the tolerance is one below the smallest number.
@@ -163,9 +163,9 @@ class MINRES(CheckedOptions):
         # Where the evaluation was at zero there is no base yet.
         length = torch.linalg.vector_norm(r, dim=1)
         y = r / torch.where(length > 0, length, 1.0).unsqueeze(1)
-        state.base, state.y = _where(rows, base, state.base), _where(rows, y, state.y)
+        state.base, state.y = where_rows(rows, base, state.base), where_rows(rows, y, state.y)
         for name in ("x", "y_old", "w", "w_old"):
-            setattr(state, name, _where(rows, torch.zeros_like(r), getattr(state, name)))
+            setattr(state, name, where_rows(rows, torch.zeros_like(r), getattr(state, name)))
         for name, start in (("beta", 0.0), ("sine", 0.0), ("diagonal", 0.0), ("corner", 0.0)):
             setattr(state, name, torch.where(rows, start, getattr(state, name)))
         state.cosine = torch.where(rows, -1.0, state.cosine)
@@ -198,8 +198,8 @@ class MINRES(CheckedOptions):
         goes_on = rows & ~singular
         next_y = u / torch.where(beta > 0, beta, 1.0).unsqueeze(1)
         for name, new in (("w_old", state.w), ("w", w), ("x", x), ("y_old", state.y)):
-            setattr(state, name, _where(goes_on, new, getattr(state, name)))
-        state.y = _where(goes_on, next_y, state.y)
+            setattr(state, name, where_rows(goes_on, new, getattr(state, name)))
+        state.y = where_rows(goes_on, next_y, state.y)
         for name, number in (
             ("beta", beta),
             ("corner", corner),
@@ -219,7 +219,3 @@ class MINRES(CheckedOptions):
 
     def counters(self, state: _State) -> tuple[Tensor, ...]:
         return (state.restart,)
-
-
-def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(rows.unsqueeze(1), a, b)
