@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A stale extension left by another configuration must not be picked up: csrc is a prerequisite.
-SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test bench lint format docs clean
+.PHONY: setup demo test bench gpu lint format docs clean
 
 setup: .venv/.ready
 
@@ -17,28 +17,34 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python examples/digits.py
 
+# The second run has the Triton kernels in Triton's interpreter, which must be chosen at the start.
 test: setup
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only -q --results bench/results/cpu.json
+
+# Tests and measures on a machine with an NVIDIA GPU and no network, with the torch that PYTHON has.
+gpu:
+	$(PYTHON) bench/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache fastdeq/_build.json
+	rm -rf .venv .venv-gpu build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache fastdeq/_build.json
 	rm -f fastdeq/_C*.so demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -74,7 +74,7 @@ def extension_arguments() -> dict:
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     targets = cpu_targets()
     left_out = {f"csrc/cpu/target_{t}.cpp" for t in ("avx512", "avx2") if t not in targets}
-    files = ["csrc/module.cpp", *(f for f in sources("cpu", "*.cpp") if f not in left_out)]
+    files = sources("", "*.cpp") + [f for f in sources("cpu", "*.cpp") if f not in left_out]
     defines = [f"-DFASTDEQ_WITH_CUDA={int(cuda)}", *(f"-DFASTDEQ_HAS_{t.upper()}" for t in targets)]
     flags = {"cxx": ["-O3", "-std=c++20", "-Wall", *defines, *openmp_flags()]}
     make = cpp_extension.CppExtension

@@ -1,5 +1,5 @@
 // The extension module. Operators register themselves with the dispatcher when it is loaded; what
-// is bound here is information on the build alone.
+// is bound here is information: on the build, and on what a GPU engine could serve.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "cuda/persistent_task.h"
 
 namespace {
 
@@ -46,9 +47,24 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
+// Why a solve does not fit a device of which so much is known; empty where it does.
+std::string why_not_persistent(int64_t size, int64_t batch, int element_bytes, int window,
+                               int multiprocessors, int64_t shared_bytes) {
+  fastdeq::cuda::PersistentProblem problem;
+  problem.size = size;
+  problem.batch = batch;
+  problem.element_bytes = element_bytes;
+  problem.window = window;
+  problem.sample_bytes = int(element_bytes == 8 ? sizeof(fastdeq::cuda::TileSample<double>)
+                                                : sizeof(fastdeq::cuda::TileSample<float>));
+  return fastdeq::cuda::plan_persistent(problem, {multiprocessors, shared_bytes}).reason;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of fastdeq.";
   m.def("build_info", &build_info, "How the extension was built.");
+  m.def("why_not_persistent", &why_not_persistent,
+        "Why the persistent CUDA engine cannot hold a solve; empty where it can.");
 }

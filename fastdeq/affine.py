@@ -8,7 +8,6 @@ device has this form, and it is what a faster one is tested against.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -159,11 +158,11 @@ def solve_affine_adjoint(
     return _outputs(solution.with_value(value), grad.dtype)
 
 
-_BODIES: dict[str, Callable[..., Outputs]] = {
+BODIES: dict[str, Callable[..., Outputs]] = {
     "solve_affine": solve_affine,
     "solve_affine_adjoint": solve_affine_adjoint,
 }
-for _name, _body in _BODIES.items():
+for _name, _body in BODIES.items():
     for _suffix in ("", "_reference"):
         torch.library.impl(f"fastdeq::{_name}{_suffix}", "CompositeExplicitAutograd")(_body)
 
@@ -229,46 +228,9 @@ def _solve_affine_adjoint_fake(
 
 
 torch.library.register_fake("fastdeq::solve_affine")(_solve_affine_engine_fake)
-torch.library.register_fake("fastdeq::solve_affine_reference")(_solve_affine_fake)
-for _suffix in ("", "_reference"):
+torch.library.register_fake("fastdeq::solve_affine_adjoint")(_solve_affine_adjoint_fake)
+for _suffix in ops.FORMS:
+    torch.library.register_fake(f"fastdeq::solve_affine{_suffix}")(_solve_affine_fake)
     torch.library.register_fake(f"fastdeq::solve_affine_adjoint{_suffix}")(
         _solve_affine_adjoint_fake
     )
-
-
-# What csrc/cpu/solve_affine.cpp serves itself; the rest it leaves to the "_reference" operators.
-CPP_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball", "energy", "minres")
-
-
-def check_precision(precision: str, backend: str, weight: Tensor, *solvers: Solver) -> None:
-    """Raises ops.BackendError for ``precision="mixed"`` where that cannot be had."""
-    if precision != "mixed":
-        return
-    reason = ops.why_no_ramp(backend, weight.device.type)
-    if not reason and weight.dtype == torch.float64:
-        reason = "a float64 cell is solved in float64"
-    missing = [repr(s.name) for s in solvers if s.name not in CPP_SOLVERS]
-    if not reason and missing:
-        reason = f"the C++ engine has no solver {', '.join(missing)}"
-    if reason:
-        raise ops.BackendError(
-            f"precision='mixed' is not available: {reason}. precision='auto' uses it where it can "
-            "be had and is faster."
-        )
-
-
-def chosen(name: str, backend: str, device: torch.device, solver: Solver) -> Callable[..., Outputs]:
-    """The whole solve ``name`` in the form that ``backend`` names, for tensors on ``device``.
-
-    Raises:
-        ops.BackendError: an explicit backend that cannot serve this device or this solver.
-    """
-    anderson_mix = ops.implementation(backend, device)
-    if backend == "cpp" and solver.name not in CPP_SOLVERS:
-        raise ops.BackendError(
-            f"backend='cpp' has no solver {solver.name!r} for affine cells; it has "
-            f"{', '.join(map(repr, CPP_SOLVERS))}. backend='auto' serves them all."
-        )
-    if backend in ("auto", "cpp"):
-        return getattr(torch.ops.fastdeq, name)  # type: ignore[no-any-return]
-    return functools.partial(_BODIES[name], anderson_mix=anderson_mix)

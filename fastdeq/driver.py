@@ -17,15 +17,11 @@ from torch import Tensor
 
 from .solution import Solution, Status
 from .solvers.base import RESIDUAL_EPS, AffineMap, Problem, Solver
+from .streams import LateFlag, is_capturing
 
 # Plain integers keep the int8 of a status tensor.
 _CONVERGED, _STAGNATED = int(Status.CONVERGED), int(Status.STAGNATED)
 _NONFINITE = int(Status.NONFINITE)
-
-# Iterations between two looks at the running mask. A look costs a round trip to an accelerator;
-# frozen samples make an iteration too many harmless.
-_LOOK_EVERY = {"cpu": 1}
-_LOOK_EVERY_ELSEWHERE = 4
 
 
 def finite_rows(start: Tensor) -> Tensor:
@@ -50,8 +46,14 @@ def solve(
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
 
     A solver with ``fixed_iterations`` makes exactly so many updates of every sample that stays
-    finite, and nothing is read from the device.
+    finite, and nothing is read from the device; otherwise the host waits in each
+    iteration for the one before at most, and a CUDA device never waits for the host.
     """
+    if getattr(solver, "waits", False) and is_capturing(start.device):
+        raise RuntimeError(
+            f"solver {solver.name!r} in plain PyTorch reads from the device, which a CUDA graph "
+            "cannot record; use 'picard', 'neumann', 'anderson' or 'heavy_ball'."
+        )
     fixed: int = getattr(solver, "fixed_iterations", 0)
     max_iter = fixed or max_iter
     batch = start.shape[0]
@@ -65,7 +67,8 @@ def solve(
     judged = running  # running samples whose point is an iterate
     affine = f if isinstance(f, AffineMap) else None
     state = solver.init(point, Problem(tol, max_iter, anderson_mix, affine))
-    look_every = _LOOK_EVERY.get(point.device.type, _LOOK_EVERY_ELSEWHERE)
+    # Frozen samples make an iteration too many harmless.
+    flag = LateFlag(point.device)
 
     if batch == 0:
         max_iter = -1
@@ -83,7 +86,7 @@ def solve(
         idle = torch.where(improved, 0, idle + judged)
         if not fixed:
             running = running & (best_residual > tol)
-        if k == max_iter or (not fixed and k % look_every == 0 and not bool(running.any())):
+        if k == max_iter or (not fixed and not flag.goes_on(running.any())):
             break
 
         step = solver.step(state, point, value, norm, running)

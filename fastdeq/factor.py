@@ -8,12 +8,11 @@ With a positive diagonal of R both factors are unique and smooth wherever A has 
 ``(I + U) R`` with ``U = triu(E, 1) + diag(E) / 2`` leave ``|E|^2`` of ``|E|``. Any A, of any
 rank.
 
-*Cholesky*: block Gram-Schmidt. A panel of columns is freed of what the panels before it span, then
-made orthonormal by the Cholesky factor of its Gram matrix (n = one panel: CholeskyQR). All of it
-is products of matrices. A panel loses about ``eps`` times ``eta = |A_j| |R_jj^-1|``, squared within
-the panel; where eta is large, and only there, the panel goes through both steps again, as in
-CholeskyQR2 (Yamamoto et al., ETNA 44 (2015) 306) but at the cost of the panels that need it; twice
-is enough (Giraud et al., Numer. Math. 101 (2005) 87). Random probes of E measure the result.
+*Cholesky*: block Gram-Schmidt, gram_schmidt.py. Products of matrices, but every panel reads numbers
+on the host, for each of which a GPU would be waited for.
+
+*CholeskyQR2*, for GPUs: csrc/cholesky_qr.cpp. It reads one number on the host, at the end, and none
+while a CUDA graph is captured.
 
 Gradient (Walter and Lehmann, arXiv:1009.6112; Roberts and Roberts, arXiv:2009.10071), which reuses
 R: ``dA = (dQ + Q copyltu(M)) R^-T``, ``M = R dR^T - dQ^T Q``, copyltu(M) the symmetric matrix with
@@ -26,66 +25,87 @@ panels), the gradient 2.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import extension
 from .choices import check_choice
+from .gram_schmidt import Factors as Factors
+from .gram_schmidt import (
+    block_size,
+    first_order_pass,
+    gram_schmidt,
+    half_upper,
+    is_orthonormal,
+)
+from .streams import is_capturing
 
-METHODS = ("auto", "householder", "cholesky")
+METHODS = ("auto", "householder", "cholesky", "cholesky_qr2")
 #: The least number of columns at which Gram-Schmidt beats LAPACK on a CPU (two Zen 4 cores).
 CHOLESKY_FROM = 160
-#: A panel with a larger eta is orthogonalised twice. At 1.5 every |E_ij| stayed below 1e-6 in
-#: float32, for condition numbers of 1 to 1e6 and n of 128 to 1024; at 4 up to 1e-5 was seen.
-_ETA = 1.5
 #: LAPACK's own Q in float32 has errors near 1e-6 from about twice this many columns on.
 _REFINE_FROM = 129
-_PROBES = 8
-
-
-class Factors(NamedTuple):
-    """``A = q r``; the inverses of r's diagonal blocks, stacked ``(n, block)``, where known."""
-
-    q: Tensor
-    r: Tensor
-    inverses: Tensor | None = None
-
-
-def _block(a: Tensor) -> int:
-    # Smaller panels do less work, larger ones are fewer calls. Off the CPU calls are dearer.
-    if a.device.type != "cpu":
-        return 256
-    return 64 if a.shape[1] <= 1024 else 128
+#: Compute capabilities of GPUs that run float64 at half the rate of float32 or more.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def factors(a: Tensor, method: str = "auto") -> Factors:
     """Q and R of ``a`` ``(m, n)``, float32 or float64, ``m >= n``, without a gradient.
 
-    "auto" is the Cholesky form from ``CHOLESKY_FROM`` columns on, and Householder below that and
-    wherever the measured orthogonality or a failed Cholesky factorisation asks for it. Entries
-    that are not finite give NaN throughout.
+    "auto" is CholeskyQR2 on a GPU, if the extension is there; elsewhere the Cholesky form from
+    ``CHOLESKY_FROM`` columns on. It is Householder below that and wherever the measured
+    orthogonality or a failed Cholesky factorisation asks for it. Entries that are not finite give
+    NaN throughout. So does, while a CUDA graph is captured, a matrix that would need Householder.
 
     Raises:
         ValueError: unknown method, another shape. TypeError: another dtype.
-        RuntimeError: "cholesky", and a is too ill-conditioned for it.
+        RuntimeError: "cholesky" or "cholesky_qr2", and a is too ill-conditioned for it;
+            "cholesky_qr2" without the extension.
     """
     check_choice(method, METHODS, "method")
     _check(a)
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        if method == "cholesky" or (method == "auto" and a.shape[1] >= CHOLESKY_FROM):
-            found = _gram_schmidt(a)
-            if found is not None and not _is_orthonormal(found.q):
-                found = _first_order_pass(found)
-            if found is not None:
-                return found
-            if method == "cholesky" and bool(a.isfinite().all()):
-                raise RuntimeError(
-                    f"method='cholesky' cannot factorise this {tuple(a.shape)} matrix in {a.dtype}:"
-                    " it is too ill-conditioned; use method='auto' or 'householder'."
-                )
+        capturing = is_capturing(a.device)
+        if method == "cholesky_qr2" or (method == "auto" and _prefers_cholesky_qr2(a)):
+            found = _cholesky_qr2(a, capturing)
+        elif method == "cholesky" or (
+            method == "auto" and a.shape[1] >= CHOLESKY_FROM and not capturing
+        ):
+            found = gram_schmidt(a)
+            if found is not None and not is_orthonormal(found.q):
+                found = first_order_pass(found)
+        else:
+            return _householder(a)
+        if found is not None:
+            return found
+        if method != "auto" and bool(a.isfinite().all()):
+            raise RuntimeError(
+                f"method={method!r} cannot factorise this {tuple(a.shape)} matrix in {a.dtype}:"
+                " it is too ill-conditioned; use method='auto' or 'householder'."
+            )
         return _householder(a)
+
+
+def _has_cholesky_qr2() -> bool:
+    return hasattr(torch.ops.fastdeq, "cholesky_qr2")  # csrc/cholesky_qr.cpp defines it
+
+
+def _prefers_cholesky_qr2(a: Tensor) -> bool:
+    return a.is_cuda and _has_cholesky_qr2()
+
+
+def _cholesky_qr2(a: Tensor, capturing: bool) -> Factors | None:
+    """CholeskyQR2, or None where it fails; while capturing the factors are NaN instead."""
+    if not _has_cholesky_qr2():
+        raise RuntimeError(
+            "method='cholesky_qr2' needs the compiled extension: "
+            f"{extension.why_missing or 'the one that is there is older'}; method='auto' does not."
+        )
+    wide = not a.is_cuda or torch.cuda.get_device_capability(a.device) in _FAST_FLOAT64
+    q, r, ok = torch.ops.fastdeq.cholesky_qr2(a, not capturing, wide)
+    return Factors(q, r) if capturing or bool(ok) else None
 
 
 def _check(a: Tensor) -> None:
@@ -104,93 +124,14 @@ def _householder(a: Tensor) -> Factors:
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     q, r = (q * sign).contiguous(), (r * sign.unsqueeze(1)).contiguous()
     if len(r) >= _REFINE_FROM:
-        u = _half_upper(q)
+        u = half_upper(q)
         q, r = torch.addmm(q, q, u, alpha=-1), torch.addmm(r, u, r)
     return Factors(torch.where(finite, q, torch.nan), torch.where(finite, r, torch.nan))
 
 
-def _half_upper(q: Tensor) -> Tensor:
-    """U, ``I + U`` the Cholesky factor of ``I + E = Q^T Q`` to first order in E."""
-    e = torch.mm(q.t(), q)
-    e.diagonal().sub_(1)
-    e.diagonal().div_(2)
-    return e.triu_()
-
-
-def _first_order_pass(found: Factors) -> Factors | None:
-    """Repairs a Q whose E is small, or None: what is left is of size ``|E|^2``."""
-    u = _half_upper(found.q)
-    left = float(torch.linalg.vector_norm(u)) ** 2
-    if not left < torch.finfo(u.dtype).eps:
-        return None
-    return Factors(
-        torch.addmm(found.q, found.q, u, alpha=-1), torch.addmm(found.r, u, found.r), None
-    )
-
-
-def _is_orthonormal(q: Tensor) -> bool:
-    """Whether ``|E|_F`` is that of rounding errors, by its action on a few random vectors.
-
-    Rounding leaves ``|E|_F`` of 0.1 to 0.35 eps n. A few vectors see any E spread over many
-    columns; one concentrated in few columns has a large eta there, and was treated.
-    """
-    n = q.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.empty(_PROBES, n, dtype=q.dtype).bernoulli_(generator=generator)
-    v = signs.mul_(2).sub_(1).to(q.device)
-    e = torch.addmm(v, v @ q.t(), q, beta=-1)  # rows: a product with columns takes thrice as long
-    norm = float(torch.linalg.vector_norm(e)) / math.sqrt(_PROBES)  # E|Ev|^2 = |E|_F^2
-    return norm <= 0.5 * torch.finfo(q.dtype).eps * (n + 16)
-
-
-def _cholesky_step(y: Tensor, eye: Tensor) -> tuple[Tensor, Tensor] | None:
-    """R and its inverse for a panel, or None where its Gram matrix is not positive definite."""
-    r, info = torch.linalg.cholesky_ex(y.t() @ y, upper=True)
-    if info.item():
-        return None
-    return r, torch.linalg.solve_triangular(r, eye, upper=True)
-
-
-def _eta(inverse: Tensor, panel: Tensor) -> float:
-    """``|A_j| |R_jj^-1|`` in Frobenius norms, per column: 1 where the panel is orthonormal."""
-    product = torch.linalg.vector_norm(inverse) * torch.linalg.vector_norm(panel)
-    return float(product) / len(inverse)
-
-
-def _gram_schmidt(a: Tensor) -> Factors | None:
-    """Block Gram-Schmidt in panels, or None where a panel is too ill-conditioned."""
-    n, block = a.shape[1], _block(a)
-    q, r = torch.empty_like(a, memory_format=torch.contiguous_format), a.new_zeros(n, n)
-    inverses = a.new_zeros(n, min(n, block))
-    unit = torch.eye(min(n, block), dtype=a.dtype, device=a.device)
-    for j in range(0, n, block):
-        e = min(j + block, n)
-        panel, done, eye = a[:, j:e], q[:, :j], unit[: e - j, : e - j]
-        y = torch.addmm(panel, done, r[:j, j:e], alpha=-1) if j else panel
-        step = _cholesky_step(y, eye)
-        if step is None:
-            return None
-        r_jj, inverse = step
-        qj = y @ inverse
-        # Not below _ETA for NaN either, which then fails the second step.
-        if not _eta(inverse, panel) < _ETA:
-            if j:
-                rest = done.t() @ qj
-                qj = torch.addmm(qj, done, rest, alpha=-1)
-                r[:j, j:e].addmm_(rest, r_jj)
-            again = _cholesky_step(qj, eye)
-            if again is None or not _eta(again[1], qj) < _ETA:
-                return None
-            qj, inverse, r_jj = qj @ again[1], inverse @ again[1], again[0] @ r_jj
-        q[:, j:e], r[j:e, j:e], inverses[j:e, : e - j] = qj, r_jj, inverse
-        if e < n:
-            torch.mm(qj.t(), a[:, e:], out=r[j:e, e:])
-    return Factors(q, r, inverses)
-
-
 def diagonal_inverses(r: Tensor) -> Tensor:
     """The inverses of the diagonal blocks of upper triangular r, stacked ``(n, block)``."""
-    n, block = len(r), _block(r)
+    n, block = len(r), block_size(r)
     inverses = r.new_zeros(n, min(n, block))
     unit = torch.eye(min(n, block), dtype=r.dtype, device=r.device)
     for j in range(0, n, block):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import affine, driver, functions, ops
+from . import driver, engines, functions, ops
 from .activations import ACTIVATIONS
 from .options import Options
 from .plans import AdjointPlan, AffinePlan
@@ -139,10 +139,18 @@ def solve_affine(
         structure.exact,
     )
     wanted = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
-    affine.check_precision(options.precision, options.backend, weight, solver)
+    engines.check_precision(options.precision, options.backend, weight, solver)
     if wanted and options.gradient == "implicit":
         adjoint = adjoint_plan(options, structure, injection.device, report)
-        affine.check_precision(options.precision, options.backend, weight, adjoint.solver)
+        engines.check_precision(options.precision, options.backend, weight, adjoint.solver)
+        for what, chosen, limit in (
+            ("solve", solver, options.max_iter),
+            ("adjoint solve", adjoint.solver, adjoint.max_iter),
+        ):
+            engines.check_backend(
+                *(what, options.backend, chosen, limit, options.precision, structure.exact),
+                *(injection, weight),
+            )
         outputs = functions.AffineFixedPoint.apply(plan, adjoint, weight, injection, start)
     else:
         outputs = plan.solve(weight.detach(), injection.detach(), start, slope=False)

@@ -71,7 +71,7 @@ def report() -> str:
         "GPU": _gpu(),
     }
     rows |= {f'backend="{name}"': _backend(name) for name in ("cpp", "triton", "cuda")}
-    solves = {"cpu": ops.serving("cpu"), "cuda": "reference"}
+    solves = {"cpu": ops.serving("cpu"), "cuda": "by shape: see info --size"}
     serving = {
         "anderson_mix": {device: ops.serving(device) for device in ("cpu", "cuda")},
         "solve_affine": solves,

@@ -34,11 +34,14 @@ SCHEMAS = {
     ),
     "symmetric_part": "(Tensor a) -> Tensor",
 }
+# Other forms of the two solves, by the end of their name: the plain PyTorch one, those of a backend
+# asked for, and the engines of csrc/cuda/.
+FORMS = ("_reference", "_triton", "_cuda", "_persistent", "_loop")
 # The two solves return value (B, d), status (B,) int8, iterations (B,) int32, residual (B,) and
 # rejects (B, number of reasons) int32; the forward one also phi' at the value, empty unless asked
 # for, and, of a symmetric weight, bytes that spare its adjoint preparing it again. Their bodies are
-# in affine.py, under a second name as well: a faster form leaves to that what it does not serve.
-for _suffix in ("", "_reference"):
+# in affine.py, as "_reference" as well: a faster form leaves to that what it does not serve.
+for _suffix in ("", *FORMS):
     SCHEMAS["solve_affine" + _suffix] = (
         "(Tensor weight, Tensor injection, Tensor? start, str activation, str solver, "
         "float[] solver_options, float tol, int max_iter, str precision='auto', bool slope=False, "
@@ -138,10 +141,14 @@ def why_unavailable(backend: str, device_type: str) -> str:
 
 def why_no_ramp(backend: str, device_type: str) -> str:
     """Why there are no narrow products for tensors there; empty when there are."""
+    if device_type == "cuda" or backend == "triton":
+        able = ("cuda", "triton") if backend == "auto" else (backend,)
+        if backend not in ("auto", "cuda", "triton"):
+            return f"backend={backend!r} has no narrow products on {device_type}"
+        missing = {b: why_unavailable(b, device_type) for b in able}
+        return "" if "" in missing.values() else "; ".join(missing.values())
     if device_type != "cpu" or backend not in ("auto", "cpp"):
-        return (
-            f"only the C++ engine has it, and backend={backend!r} serves tensors on {device_type}"
-        )
+        return f"backend={backend!r} has no narrow products on {device_type}"
     if extension.why_missing:
         return f"the extension is missing: {extension.why_missing}"
     return "" if extension.has_ramp else "this processor or build lacks AVX-512 BF16 or VNNI"

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from . import reference
 from .factor import Factors, factors, pull_back, pull_back_q
 from .ops import symmetric_part
+from .streams import is_capturing
 
 
 def _is_transformed(raw: Tensor) -> bool:
@@ -108,6 +109,9 @@ class FactorCache:
     counts as unchanged while it is the same tensor at the same address and version, which sees
     every in-place operation but not one on ``matrix.data`` (call ``clear()`` after such an edit).
 
+    A matrix whose factorisation has been recorded in a CUDA graph is factorised at every call from
+    then on, until ``clear()``: a replay may change it at any time.
+
     Nothing in the cache is ever handed out for a user to write to. A lookup is one read and a miss
     one assignment of an immutable entry, so threads may share a cache. Copies and pickles of a
     cache are empty.
@@ -115,10 +119,11 @@ class FactorCache:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
+        self._recorded = False
 
     def clear(self) -> None:
-        """Forgets the factors."""
-        self._entry = None
+        """Forgets the factors, and any recording in a CUDA graph."""
+        self._entry, self._recorded = None, False
 
     def orthogonal(self, raw: Tensor) -> Tensor:
         """``orthogonal_factor(raw)``, or for a wide matrix that of its transpose, transposed.
@@ -139,6 +144,13 @@ class FactorCache:
         return (q if tall is wide else q.t()).to(raw.dtype)
 
     def _find(self, raw: Tensor, tall: Tensor) -> Factors:
+        if is_capturing(raw.device):
+            # A replay is to factorise anew, and it changes the matrix but not its version.
+            self._entry, self._recorded = None, True
+        # Normal tensors even of an inference tensor: autograd may save them at a later hit.
+        tall = tall.clone() if tall.is_inference() else tall
+        if self._recorded:
+            return factors(tall)
         entry, version = self._entry, _version(raw)
         if entry is not None and entry.version[:3] == version[:3]:
             if entry.copy is not None:
@@ -148,8 +160,7 @@ class FactorCache:
                     return entry.found
             elif version[-1] is not None and entry.version == version and entry.matrix() is raw:
                 return entry.found
-        # Normal tensors even of an inference tensor: autograd may save them at a later hit.
-        found = factors(tall.clone() if tall.is_inference() else tall)
+        found = factors(tall)
         copy = raw.detach().clone() if self._compares_entries(raw) else None
         self._entry = _Entry(found, copy, weakref.ref(raw), version)
         return found
@@ -166,8 +177,10 @@ class FactorCache:
 
 
 def _version(t: Tensor) -> tuple[Any, ...]:
-    # Inference tensors have no version.
-    return t.dtype, t.device, t.shape, t.data_ptr(), None if t.is_inference() else t._version
+    # The stream: another one would read without waiting. Inference tensors have no version.
+    stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+    version = None if t.is_inference() else t._version
+    return t.dtype, t.device, t.shape, t.data_ptr(), stream, version
 
 
 class OrthogonalMap(nn.Module):

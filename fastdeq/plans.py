@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import affine
+from . import affine, engines
 from .solution import Solution
 from .solvers import Solver
 
@@ -35,7 +35,7 @@ class AdjointPlan:
         self, weight: Tensor, slope: Tensor, grad: Tensor, packed: Tensor | None = None
     ) -> Tensor:
         """``q = D (g + q W)``, reported; ``packed`` is what the forward solve left for it."""
-        solve = affine.chosen("solve_affine_adjoint", self.backend, grad.device, self.solver)
+        solve = engines.chosen("solve_affine_adjoint", self.backend, grad.device, self.solver)
         q, status, iterations, residual, rejects = solve(
             weight,
             slope,
@@ -70,7 +70,7 @@ class AffinePlan:
     symmetric: bool
 
     def solve(self, weight: Tensor, c: Tensor, start: Tensor | None, slope: bool) -> affine.Outputs:
-        solve = affine.chosen("solve_affine", self.backend, c.device, self.solver)
+        solve = engines.chosen("solve_affine", self.backend, c.device, self.solver)
         return solve(
             weight,
             c,

@@ -66,8 +66,8 @@ def anderson_mix(
     gram[:, slot, :] = row
     gram[:, :, slot] = row
 
-    newest_first = [(slot - age) % slots for age in range(1, slots)]
     age = torch.arange(1, slots, device=count.device)
+    newest_first = (slot - age) % slots  # on the device: an index made of a list is copied there
     valid = age <= count.unsqueeze(1)
     gamma, dropped = _solve_small(gram, slot, newest_first, valid, regularization, rank_tolerance)
     # Written so that a NaN sum counts as rejected.
@@ -75,8 +75,8 @@ def anderson_mix(
     gamma = torch.where(rejected.unsqueeze(1) | (gamma == 0), 0.0, gamma).to(f.dtype)
 
     z = f - (1 - damping) * g
-    for i, j in enumerate(newest_first):
-        weight = gamma[:, i : i + 1]
+    for i in range(slots - 1):
+        j, weight = (slot - 1 - i) % slots, gamma[:, i : i + 1]
         difference = f - f_history[:, j] - (1 - damping) * (g - g_history[:, j])
         # An unused slot may hold anything, NaN included: 0 * NaN must not enter.
         z = z - torch.where(weight == 0, 0.0, weight * difference)
@@ -86,15 +86,15 @@ def anderson_mix(
 def _solve_small(
     gram: Tensor,
     slot: int,
-    newest_first: list[int],
+    newest_first: Tensor,
     valid: Tensor,
     regularization: float,
     rank_tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """gamma ``(B, m - 1)``, ordered as ``newest_first``, and the number of columns dropped."""
     diagonal = gram[:, slot, slot]
-    to_newest = gram[:, slot, newest_first]
-    pairs = gram[:, newest_first][:, :, newest_first]
+    to_newest = gram[:, slot].index_select(1, newest_first)
+    pairs = gram.index_select(1, newest_first).index_select(2, newest_first)
     # <g_k - g_i, g_k - g_j> and <g_k - g_i, g_k>, from products that float64 holds exactly enough.
     matrix = diagonal[:, None, None] - to_newest[:, :, None] - to_newest[:, None, :] + pairs
     rhs = diagonal[:, None] - to_newest

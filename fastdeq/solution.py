@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .streams import is_capturing
+
 
 class Status(enum.IntEnum):
     """Outcome of the solve for one sample; compares with the integers in ``Solution.status``."""
@@ -141,8 +143,13 @@ def failure_message(solution: Solution, what: str, worst: int = 3) -> str:
 
 
 def handle_failure(solution: Solution, on_failure: str, what: str) -> bool:
-    """Applies the policy; returns True when it warned, so that a caller can warn only once."""
-    if on_failure == "ignore" or not bool(solution.status.any()):  # CONVERGED is 0
+    """Applies the policy; returns True when it warned, so that a caller can warn only once.
+
+    A solve that is being recorded in a CUDA graph has no status yet: nothing is looked at.
+    """
+    if on_failure == "ignore" or is_capturing(solution.status.device):
+        return False
+    if not bool(solution.status.any()):  # CONVERGED is 0
         return False
     message = failure_message(solution, what)
     if on_failure == "raise":

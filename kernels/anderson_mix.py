@@ -42,6 +42,61 @@ from torch import Tensor
 MAX_SLOTS = 65
 
 
+@triton.jit
+def gram_row(
+    newest_g, older_g, used, size, stride_entry, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The row <g_k, g_i> (COLUMNS,) of the entries ``used`` and the diagonal <g_k, g_k>."""
+    square_sum = tl.zeros((BLOCK,), tl.float64)
+    row_sum = tl.zeros((COLUMNS, BLOCK), tl.float64)
+    for start in range(0, size, BLOCK):
+        entry = start + tl.arange(0, BLOCK).to(tl.int64)
+        inside = entry < size
+        offset = entry * stride_entry
+        new = tl.load(newest_g + offset, mask=inside, other=0.0).to(tl.float64)
+        old_mask = used[:, None] & inside[None, :]
+        old = tl.load(older_g + offset[None, :], mask=old_mask, other=0.0).to(tl.float64)
+        square_sum += new * new
+        row_sum += old * new[None, :]
+    return tl.sum(row_sum, axis=1), tl.sum(square_sum, axis=0)
+
+
+@triton.jit
+def solve_small(
+    pairs, own, row, diagonal, column, valid, regularization, rank_tolerance, max_weight
+):
+    """gamma (COLUMNS,), newest first, of the first ``valid`` columns, with <g_i, g_j> in ``pairs``
+    and its diagonal in ``own``; the number of columns kept; whether the weights are accepted."""
+    # <dg_i, dg_j> gamma = <dg_i, g_k>. Zeros come by selection, not by product: 0 * NaN is NaN.
+    square = diagonal - 2 * row + own
+    kept = (column < valid) & (square > 0) & (square < float("inf"))
+    scale = tl.where(kept, 1 / tl.sqrt(tl.where(kept, square, 1.0)), 0.0)
+    rhs = tl.where(kept, (diagonal - row) * scale, 0.0)
+    matrix = (diagonal - row)[:, None] - row[None, :] + pairs
+    matrix = matrix * scale[:, None] * scale[None, :]
+    on_diagonal = column[:, None] == column[None, :]
+    matrix = tl.where(on_diagonal, matrix + regularization, matrix)
+    # A column that is not used has pivot 0, which no tolerance >= 0 keeps.
+    matrix = tl.where(kept[:, None] & kept[None, :], matrix, 0.0)
+    for j in range(valid):
+        at_j = column == j
+        matrix_column = tl.sum(tl.where(at_j[None, :], matrix, 0.0), axis=1)
+        matrix_row = tl.sum(tl.where(at_j[:, None], matrix, 0.0), axis=0)
+        pivot = tl.broadcast_to(tl.sum(tl.where(at_j, matrix_column, 0.0), axis=0), column.shape)
+        rhs_j = tl.sum(tl.where(at_j, rhs, 0.0), axis=0)
+        keep = pivot > rank_tolerance
+        kept = kept & (keep | (column != j))
+        eliminate = keep & (column != j)
+        factor = tl.where(eliminate, matrix_column / tl.where(keep, pivot, 1.0), 0.0)
+        change = factor[:, None] * matrix_row[None, :]
+        matrix = tl.where(eliminate[:, None], matrix - change, matrix)
+        rhs = tl.where(eliminate, rhs - factor * rhs_j, rhs)
+    pivots = tl.sum(tl.where(on_diagonal, matrix, 0.0), axis=1)
+    gamma = tl.where(kept, rhs / tl.where(kept, pivots, 1.0) * scale, 0.0)
+    accepted = tl.sum(tl.abs(gamma), axis=0) <= max_weight  # a NaN sum is not accepted
+    return gamma, tl.sum(kept.to(tl.int32), axis=0), accepted
+
+
 # The slot changes from call to call: specialising on its value would compile the kernel anew. The
 # options are annotated because a plain Python float arrives as float32.
 @triton.jit(do_not_specialize=["slot"])
@@ -99,54 +154,19 @@ def anderson_mix_kernel(
     valid = tl.load(count_ptr + sample * count_stride)
     valid = tl.maximum(tl.minimum(valid, slots - 1), 0)
 
-    # 1. The row <g_k, g_i> and the diagonal <g_k, g_k>.
-    square_sum = tl.zeros((BLOCK,), tl.float64)
-    row_sum = tl.zeros((COLUMNS, BLOCK), tl.float64)
-    for start in range(0, size, BLOCK):
-        entry = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = entry < size
-        offset = entry * g_stride_entry
-        new = tl.load(newest_g + offset, mask=inside, other=0.0).to(tl.float64)
-        old_mask = exists[:, None] & inside[None, :]
-        old = tl.load(older_g + offset[None, :], mask=old_mask, other=0.0).to(tl.float64)
-        square_sum += new * new
-        row_sum += old * new[None, :]
-    diagonal = tl.sum(square_sum, axis=0)
-    row = tl.sum(row_sum, axis=1)
+    # 1. The row of the Gram matrix.
+    row, diagonal = gram_row(newest_g, older_g, exists, size, g_stride_entry, COLUMNS, BLOCK)
     tl.store(gram_ptr + newest * (gram_stride_row + gram_stride_column), diagonal)
-    gram_row = gram_ptr + newest * gram_stride_row + older * gram_stride_column
-    gram_column = gram_ptr + older * gram_stride_row + newest * gram_stride_column
-    tl.store(gram_row, row, mask=exists)
-    tl.store(gram_column, row, mask=exists)
+    row_ptr = gram_ptr + newest * gram_stride_row + older * gram_stride_column
+    column_ptr = gram_ptr + older * gram_stride_row + newest * gram_stride_column
+    tl.store(row_ptr, row, mask=exists)
+    tl.store(column_ptr, row, mask=exists)
 
-    # 2. <dg_i, dg_j> gamma = <dg_i, g_k>. Zeros come by selection, not by product: 0 * NaN is NaN.
-    square = diagonal - 2 * row + own
-    kept = (column < valid) & (square > 0) & (square < float("inf"))
-    scale = tl.where(kept, 1 / tl.sqrt(tl.where(kept, square, 1.0)), 0.0)
-    rhs = tl.where(kept, (diagonal - row) * scale, 0.0)
-    matrix = (diagonal - row)[:, None] - row[None, :] + pairs
-    matrix = matrix * scale[:, None] * scale[None, :]
-    on_diagonal = column[:, None] == column[None, :]
-    matrix = tl.where(on_diagonal, matrix + regularization, matrix)
-    # A column that is not used has pivot 0, which no tolerance >= 0 keeps.
-    matrix = tl.where(kept[:, None] & kept[None, :], matrix, 0.0)
-    for j in range(valid):
-        at_j = column == j
-        matrix_column = tl.sum(tl.where(at_j[None, :], matrix, 0.0), axis=1)
-        matrix_row = tl.sum(tl.where(at_j[:, None], matrix, 0.0), axis=0)
-        pivot = tl.broadcast_to(tl.sum(tl.where(at_j, matrix_column, 0.0), axis=0), (COLUMNS,))
-        rhs_j = tl.sum(tl.where(at_j, rhs, 0.0), axis=0)
-        keep = pivot > rank_tolerance
-        kept = kept & (keep | (column != j))
-        eliminate = keep & (column != j)
-        factor = tl.where(eliminate, matrix_column / tl.where(keep, pivot, 1.0), 0.0)
-        change = factor[:, None] * matrix_row[None, :]
-        matrix = tl.where(eliminate[:, None], matrix - change, matrix)
-        rhs = tl.where(eliminate, rhs - factor * rhs_j, rhs)
-    pivots = tl.sum(tl.where(on_diagonal, matrix, 0.0), axis=1)
-    gamma = tl.where(kept, rhs / tl.where(kept, pivots, 1.0) * scale, 0.0)
-    accepted = tl.sum(tl.abs(gamma), axis=0) <= max_weight  # a NaN sum is not accepted
-    tl.store(dropped_ptr + sample, valid - tl.sum(kept.to(tl.int32), axis=0))
+    # 2. The small solve.
+    gamma, kept, accepted = solve_small(
+        pairs, own, row, diagonal, column, valid, regularization, rank_tolerance, max_weight
+    )
+    tl.store(dropped_ptr + sample, valid - kept)
     tl.store(rejected_ptr + sample, accepted == 0)
 
     # 3. The mixing, in the dtype of f. An unused slot may hold anything: it is not even loaded.

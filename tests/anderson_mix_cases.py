@@ -84,7 +84,7 @@ def tolerance(inputs: Inputs, gram: Tensor, **changes: float) -> Tensor:
     dtype, size = inputs.f_history.dtype, inputs.f_history.shape[2]
     slots, slot = gram.shape[1], inputs.slot
     p, unit = slots - 1, 2.0**-53
-    older = [(slot - age) % slots for age in range(1, slots)]
+    older = (slot - torch.arange(1, slots)) % slots
     valid = torch.arange(1, slots) <= inputs.count.unsqueeze(1)
     gamma, _ = reference._solve_small(
         gram, slot, older, valid, options["regularization"], options["rank_tolerance"]

@@ -46,9 +46,11 @@ bool learn(Line<T>& line, bool trusted) {
 template <typename T>
 void heavy_ball_step(const SolveTask<T>& task, Line<T>& line, const T* at) {
   const Vec<T> omega = splat<T>(T(line.omega)), momentum = splat<T>(T(line.omega - 1));
+  const bool first = line.omega == 1;  // the last change may then be anything, NaN included
   for (int64_t j = 0; j < task.size; j += kLanes<T>) {
     const Vec<T> point = load(at + j);
-    const Vec<T> change = omega * (load(line.value + j) - point) + momentum * load(line.last + j);
+    Vec<T> change = omega * (load(line.value + j) - point);
+    if (!first) change += momentum * load(line.last + j);
     store(line.value + j, point + change);
     store(line.last + j, change);
   }

@@ -89,8 +89,10 @@ inline Method read_method(c10::string_view solver, at::ArrayRef<double> options,
   return m;
 }
 
+// All on `device`.
 inline void check_solve(const at::Tensor& weight, const at::Tensor& rows, const at::Tensor& other,
-                        const char* name, const char* other_name) {
+                        const char* name, const char* other_name,
+                        at::Device device = at::Device(at::kCPU)) {
   TORCH_CHECK(rows.dim() == 2, name, " must be (B, d), got ", rows.sizes());
   TORCH_CHECK(weight.sizes() == at::IntArrayRef({rows.size(1), rows.size(1)}),
               "weight must be (d, d) = (", rows.size(1), ", ", rows.size(1), "), got ",
@@ -100,7 +102,8 @@ inline void check_solve(const at::Tensor& weight, const at::Tensor& rows, const 
   for (const at::Tensor& t : {weight, rows, other}) {
     if (!t.defined()) continue;
     TORCH_CHECK(t.is_floating_point(), "floating-point tensors are needed, got ", t.scalar_type());
-    TORCH_CHECK(t.device().is_cpu(), "all tensors must be on the CPU, got one on ", t.device());
+    TORCH_CHECK(t.device() == device, "all tensors must be on ",
+                device.is_cpu() ? "the CPU" : device.str(), ", got one on ", t.device());
   }
 }
 

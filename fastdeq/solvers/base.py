@@ -101,7 +101,8 @@ class Step(NamedTuple):
 class Solver(Protocol):
     """``name`` registers it; ``linear`` restricts it to affine maps (adjoints); ``needs`` are the
     tags without which it cannot be used; ``patience`` is how many iterates in a row may bring no
-    new best residual; ``rejects`` names its counters."""
+    new best residual; ``rejects`` names its counters. A solver that reads from the device as it
+    goes has ``waits = True``."""
 
     name: ClassVar[str]
     linear: ClassVar[bool]

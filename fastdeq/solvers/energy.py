@@ -101,6 +101,7 @@ class Energy(CheckedOptions):
     linear: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"symmetric", "monotone"})
     patience: ClassVar[int] = 200
+    waits: ClassVar[bool] = True
     rejects: ClassVar[tuple[str, ...]] = ("energy", "curvature")
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class GMRES(CheckedOptions):
     linear: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
     patience: ClassVar[int] = 3
+    waits: ClassVar[bool] = True
     rejects: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -80,6 +80,7 @@ class MINRES(CheckedOptions):
     linear: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"symmetric", "monotone"})
     patience: ClassVar[int] = 20
+    waits: ClassVar[bool] = True
     rejects: ClassVar[tuple[str, ...]] = ("restart",)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,82 @@
+"""The forward solve alone, on each engine, against its floor.
+
+``latency`` is one call, from an idle device to its end, with the host's part of it. ``queued`` is
+per call of a full queue, so without the host's part; it is taken of engines that make a whole solve
+in one launch, for which nothing else lies between the two but the launch itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from contestants import FastDEQ
+from gpu_clock import Clock
+from gpu_contestants import DeviceProblem
+from gpu_floor import Ceilings, forward_floor
+
+from fastdeq import affine, engines
+from fastdeq.solvers import choose
+
+ONE_LAUNCH = ("persistent", "whole_solve")
+_CALLS = 20
+
+
+def engine_times(
+    problem: DeviceProblem,
+    clock: Clock,
+    ceilings: Ceilings,
+    settled: set[str],
+    announce: Callable[[str], None],
+) -> dict[str, Any]:
+    """By engine, and for the plain PyTorch form: milliseconds and floors.
+
+    Engines whose contestant is not among ``settled`` are left out: they gave no right answer.
+    ``announce`` is told the contestant whose turn it is.
+    """
+    with problem.x.device:
+        layer = FastDEQ(problem, problem.spec.tol, problem.spec.tol).layer
+    with torch.no_grad():
+        weight, c = layer.cell.recurrent_weight(), layer.cell.injection(problem.x)
+    solver = choose("auto", layer.cell.structure(), problem.spec.tol, adjoint=False)
+    arguments = (
+        *(weight.detach(), c, None, problem.spec.activation, *affine.encode(solver)),
+        *(problem.spec.tol, layer.options.max_iter),
+    )
+    forms: dict[str, Any] = {"fastdeq-reference": affine.BODIES.get}
+    forms |= {f"fastdeq-{e.backend}-{e.name}": e.forms for e in engines.ENGINES}
+    times = {}
+    for contestant in filter(settled.__contains__, forms):
+        announce(contestant)
+        name = contestant.split("-")[-1]
+        try:
+            form = forms[contestant]("solve_affine")
+            times[name] = _timed(name, partial(form, *arguments), problem, clock, ceilings)
+        except Exception as error:  # an engine's failure is a result
+            times[name] = {"left_out": clock.survived(error)}
+    return times
+
+
+def _timed(
+    name: str,
+    solve: Callable[[], affine.Outputs],
+    problem: DeviceProblem,
+    clock: Clock,
+    ceilings: Ceilings,
+) -> dict[str, Any]:
+    spec = problem.spec
+    iterations = solve()[2]
+    products = float(iterations.sum())
+    floor = forward_floor(spec.d, spec.batch, products, False, ceilings)
+    latency = clock.median(solve, 15)
+    found: dict[str, Any] = {
+        "products": products,
+        "worst": int(iterations.max()),
+        "latency_ms": 1e3 * latency,
+        "floor_ms": floor._asdict(),
+    }
+    if name in ONE_LAUNCH:
+        found["queued_ms"] = 1e3 * clock.queued(solve, _CALLS)
+    return found

@@ -1,0 +1,201 @@
+"""Whole solves in one launch, kernels/whole_solve.py, against the plain PyTorch form and float64.
+
+Both meet the tolerance, so that they differ by at most ``2 tol / (1 - contraction)`` of the state,
+and by rounding: products of n terms in float32. With tol = 1e-5 and a contraction of 0.8 that is
+1e-4; what is seen is some 1e-6.
+"""
+
+import pytest
+import torch
+from fastdeq.kernels import whole_solve
+
+from fastdeq import affine, reference
+from fastdeq.affine import encode
+from fastdeq.solvers import Anderson, HeavyBall, Neumann, Picard
+
+TOL = 1e-5
+SOLVERS = (
+    Picard(),
+    Picard(damping=0.8),
+    Picard(fixed_iterations=7),
+    HeavyBall(),
+    Anderson(),
+    Anderson(window=10, accelerate_above=0.9),
+    Anderson(window=1, damping=0.9),
+)
+
+
+def problem(solver, batch, size, device, scale=0.8):
+    """W with spectral norm ``scale``, c, D and g."""
+    w = torch.randn(size, size)
+    w = (w + w.t()) / 2 if solver.name == "heavy_ball" else w
+    w *= scale / torch.linalg.matrix_norm(w, 2)
+    c, g = torch.randn(2, batch, size)
+    return [t.to(device) for t in (w, c, torch.rand(batch, size), g)]
+
+
+def forward(
+    form, w, c, solver, *, start=None, activation="tanh", tol=TOL, max_iter=100, slope=True
+):
+    more = {"anderson_mix": reference.anderson_mix} if form is affine else {}
+    return form.solve_affine(
+        w, c, start, activation, *encode(solver), tol, max_iter, "auto", True, **more
+    )
+
+
+def adjoint(form, w, d, g, solver, *, tol=TOL, max_iter=100):
+    more = {"anderson_mix": reference.anderson_mix} if form is affine else {}
+    return form.solve_affine_adjoint(w, d, g, *encode(solver), tol, max_iter, **more)
+
+
+def check_alike(actual, expected, fixed=False):
+    assert actual[0].isfinite().all()
+    scale = expected[0].abs().amax()
+    assert (actual[0] - expected[0]).abs().amax() <= 2e-4 * scale + 1e-6
+    assert torch.equal(actual[1], expected[1])
+    # A residual that meets the tolerance narrowly in one form may miss it in the other.
+    assert (actual[2] - expected[2]).abs().amax() <= (0 if fixed else 1)
+
+
+SIZES = [(1, 1), (3, 5), (17, 17), (16, 16), (20, 33)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "batch", "size"),
+    # A history is slow in the interpreter.
+    [(s, *size) for s in SOLVERS for size in (SIZES[:3] if s.name == "anderson" else SIZES)],
+    ids=str,
+)
+def test_agrees_with_plain_pytorch_and_float64(solver, batch, size, device):
+    w, c, d, g = problem(solver, batch, size, device)
+    fixed = bool(getattr(solver, "fixed_iterations", 0))
+    z = forward(whole_solve, w, c, solver)
+    check_alike(z, forward(affine, w, c, solver), fixed)
+    q = adjoint(whole_solve, w, d, g, solver)
+    check_alike(q, adjoint(affine, w, d, g, solver), fixed)
+    if fixed:
+        return
+    assert (z[1] == 0).all()
+    truth = torch.tanh(z[0].double() @ w.double().t() + c.double())
+    relative = (truth - z[0]).norm(dim=1) / truth.norm(dim=1)
+    assert relative.amax() <= 2 * TOL  # the float32 state is rounded by 6e-8 of itself
+    torch.testing.assert_close(z[5], (1 - truth**2).float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 112, 128])
+def test_large_sizes(size, device):
+    solver = Picard() if size > whole_solve.MOST_ACCELERATED else Anderson(accelerate_above=0.9)
+    w, c, d, g = problem(solver, 2, size, device)
+    w = w.t().contiguous().t()  # any strides
+    check_alike(forward(whole_solve, w, c, solver), forward(affine, w, c, solver))
+    neumann = Neumann()
+    check_alike(adjoint(whole_solve, w, d, g, neumann), adjoint(affine, w, d, g, neumann))
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "softplus", "elu", "gelu", "silu"])
+def test_activations(activation, device):
+    w, c, *_ = problem(Picard(), 5, 9, device, scale=0.5)
+    actual = forward(whole_solve, w, c, Picard(), activation=activation)
+    check_alike(actual, forward(affine, w, c, Picard(), activation=activation))
+
+
+def test_a_start_is_used_and_one_that_is_not_finite_is_zero(device):
+    w, c, *_ = problem(Picard(), 3, 7, device)
+    start = forward(affine, w, c, Picard(), tol=1e-6)[0]
+    start[1, 2] = torch.nan
+    actual = forward(whole_solve, w, c, Picard(), start=start)
+    assert actual[2].tolist()[::2] == [0, 0]
+    assert actual[2][1] == forward(whole_solve, w, c, Picard())[2][1]
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=repr)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_sample_leaves_its_mates_bitwise_alone(solver, bad, device):
+    w, c, d, g = problem(solver, 5, 9, device)
+    good, good_q = forward(whole_solve, w, c, solver), adjoint(whole_solve, w, d, g, solver)
+    c[2, 3] = g[2, 3] = bad
+    mates = [0, 1, 3, 4]
+    z, q = forward(whole_solve, w, c, solver), adjoint(whole_solve, w, d, g, solver)
+    for actual, expected in ((z, good), (q, good_q)):
+        for a, b in zip(actual[:5], expected[:5], strict=True):
+            assert torch.equal(a[mates], b[mates])
+    expected = forward(affine, w, c, solver), adjoint(affine, w, d, g, solver)
+    for actual, other in zip((z, q), expected, strict=True):
+        assert actual[1][2] == other[1][2]
+        assert torch.equal(actual[0][2].isnan(), other[0][2].isnan())
+
+
+def test_a_slope_of_zero_gives_zeros_whatever_the_gradient(device):
+    w, _, d, g = problem(Neumann(), 3, 6, device)
+    d[1] = 0
+    g[1, 0] = torch.nan
+    q = adjoint(whole_solve, w, d, g, Neumann())
+    assert torch.equal(q[0][1], torch.zeros_like(q[0][1]))
+    check_alike(q, adjoint(affine, w, d, g, Neumann()))
+
+
+def test_steps_are_taken_back_and_counted(device):
+    """Dense weights of scale 1.5: acceleration alone overshoots now and then."""
+    solver = Anderson(safeguard=1.0)
+    w, c = 1.5 * torch.randn(12, 12) / 12**0.5, torch.randn(16, 12)
+    actual = forward(whole_solve, w.to(device), c.to(device), solver, max_iter=30)
+    expected = forward(affine, w.to(device), c.to(device), solver, max_iter=30)
+    assert (actual[4][:, 0] > 0).any()
+    assert (expected[4][:, 0] > 0).any()
+    alike = (actual[4] == expected[4]).all(1)  # chaotic samples part after some steps
+    assert alike.float().mean() >= 0.5
+
+
+def test_limits(device):
+    w, c, *_ = problem(Picard(), 4, 6, device)
+    assert forward(whole_solve, w, c, Picard(), max_iter=1)[1].tolist() == [1] * 4
+    # A float32 iteration ends in a cycle of roundings, or at a point that maps to itself.
+    ended = forward(whole_solve, w, c, Picard(), tol=0.0, max_iter=400)
+    assert set(ended[1].tolist()) <= {0, 2}
+    assert (ended[2] < 200).all()
+
+
+def test_every_output_is_written(device, monkeypatch):
+    w, c, d, g = problem(Anderson(), 5, 9, device)
+    good, good_q = forward(whole_solve, w, c, Anderson()), adjoint(whole_solve, w, d, g, Anderson())
+    empty = torch.Tensor.new_empty
+
+    def poisoned(tensor, *args, **more):
+        made = empty(tensor, *args, **more)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **more: poisoned(t, t.shape, dtype=more.get("dtype"))
+    )
+    z, q = forward(whole_solve, w, c, Anderson()), adjoint(whole_solve, w, d, g, Anderson())
+    for actual, expected in ((z, good), (q, good_q)):
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("planted", ["transposed weight", "wrong offset", "one step less"])
+def test_the_comparison_notices_a_planted_error(planted, device):
+    solver = Picard(fixed_iterations=7)
+    w, c, *_ = problem(solver, 3, 9, device)
+    expected = forward(affine, w, c, solver)
+    if planted == "transposed weight":
+        w = w.t()
+    elif planted == "wrong offset":
+        c[1, -1] += 1e-2
+    else:
+        solver = Picard(fixed_iterations=6)
+    with pytest.raises(AssertionError):
+        check_alike(forward(whole_solve, w, c, solver), expected, fixed=True)
+
+
+def test_what_is_not_served_has_a_reason():
+    name, options = encode(Anderson(window=11))
+    assert "window" in whole_solve.why_not(name, options, 8, torch.float32)
+    for size in (65, 100, 129, 144):
+        assert "size" in whole_solve.why_not("picard", [1.0, 0.0], size, torch.float32)
+    name, options = encode(Anderson(window=10))
+    assert "size" in whole_solve.why_not(name, options, 17, torch.float32)
+    assert whole_solve.why_not(name, options, 16, torch.float32) == ""
+    assert "float64" in whole_solve.why_not("picard", [1.0, 0.0], 8, torch.float64)
+    assert "minres" in whole_solve.why_not("minres", [0.0], 8, torch.float32)
+    assert whole_solve.why_not("picard", [1.0, 0.0], 128, torch.float32) == ""
