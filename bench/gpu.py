@@ -33,6 +33,9 @@ from gpu_supervise import STOPPED, Outcome, run, to_the_end
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "tests", "sanitizer", "benchmark")
 SECONDS = 480.0
+# Files of one run in its folder; an older run's go first.
+_WRITTEN = ("build.log", "info.log", "tests.log", "sanitizer.log", "benchmark.log", "report.txt")
+_WRITTEN += ("results.json", "progress.json", "broken.json", "gpu-*.json")
 # What later parts are to have, at least, in seconds.
 _FOR_SANITIZER, _FOR_BENCHMARK, _FOR_REPORT = 30.0, 190.0, 10.0
 _MOST_TESTS, _MOST_SANITIZER = 150.0, 45.0  # the latter for each of the two tools
@@ -57,7 +60,7 @@ class Command:
         self.phases: dict[str, Phase] = {}
         self.python = Path(sys.executable)
         self.work.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.log", "*.json", "*.txt"):
+        for pattern in _WRITTEN:
             for path in self.work.glob(pattern):
                 path.unlink()
 
@@ -83,7 +86,8 @@ class Command:
         out = os.environ.get("OUT")
         if not out:
             return
-        for pattern in ("*.log", "*.txt", "results.json", "gpu-*.json"):
+        os.makedirs(out, exist_ok=True)
+        for pattern in _WRITTEN:
             for path in self.work.glob(pattern):
                 shutil.copy(path, out)
 

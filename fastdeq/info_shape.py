@@ -37,8 +37,10 @@ def _gpu(device: str, capability: tuple[int, int] | None) -> tuple[Gpu | None, s
 
 
 def _on_cpu(request: Request) -> list[str]:
-    if request.precision == "mixed" and request.dtype == torch.float64:
-        return ["nothing: precision='mixed' raises in float64"]
+    if request.precision == "mixed":
+        why = ops.why_no_ramp("auto", "cpu")
+        if why or request.dtype == torch.float64 or request.solver not in CPP_SOLVERS:
+            return ["nothing: precision='mixed' raises"]
     if ops.serving("cpu") == "cpp" and request.solver in CPP_SOLVERS:
         return ["the C++ engine"]
     why = ops.why_unavailable("cpp", "cpu") or f"the C++ engine has no solver {request.solver!r}"

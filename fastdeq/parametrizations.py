@@ -110,11 +110,10 @@ class FactorCache:
     every in-place operation but not one on ``matrix.data`` (call ``clear()`` after such an edit).
 
     A matrix whose factorisation has been recorded in a CUDA graph is factorised at every call from
-    then on, until ``clear()``: a replay may change it at any time.
-
-    Nothing in the cache is ever handed out for a user to write to. A lookup is one read and a miss
-    one assignment of an immutable entry, so threads may share a cache. Copies and pickles of a
-    cache are empty.
+    then on, until ``clear()``: a replay may change it. Where only the optimiser's step is recorded,
+    call that after each replay. Nothing in the cache is ever handed out for a user to write to. A
+    lookup is one read and a miss one assignment of an immutable entry, so threads may share a
+    cache. Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -177,10 +176,9 @@ class FactorCache:
 
 
 def _version(t: Tensor) -> tuple[Any, ...]:
-    # The stream: another one would read without waiting. Inference tensors have no version.
-    stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
-    version = None if t.is_inference() else t._version
-    return t.dtype, t.device, t.shape, t.data_ptr(), stream, version
+    # With the stream: another would read without waiting. Inference tensors have no version.
+    at = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+    return t.dtype, t.device, t.shape, t.data_ptr(), at, None if t.is_inference() else t._version
 
 
 class OrthogonalMap(nn.Module):

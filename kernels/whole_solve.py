@@ -22,15 +22,14 @@ _METHODS = {"picard": PLAIN, "neumann": PLAIN, "heavy_ball": HEAVY_BALL, "anders
 # Where no register is spilled: sizes that are no multiple of 16 take more registers to address, and
 # a history takes many.
 MOST, MOST_UNALIGNED = 128, 64
-MOST_ACCELERATED, MOST_LONG_HISTORY = 64, 16
-LONG_HISTORY, MOST_WINDOW = 5, 10
+MOST_ACCELERATED, MOST_WINDOW = 64, 5
 
 
-def tile_shape(size: int, solver: str, window: int = 0) -> tuple[int, int, int, int]:
+def tile_shape(size: int, solver: str) -> tuple[int, int, int, int]:
     """(BLOCK_M, SIZE, CHUNK, number of warps)."""
     padded = max(16, triton.next_power_of_2(size))
     warps = min(8, padded // 8)
-    if solver == "anderson" and window <= LONG_HISTORY:
+    if solver == "anderson":
         warps = 4 if padded == 16 else 8
     return 16, padded, 8, warps
 
@@ -41,11 +40,10 @@ def why_not(solver: str, options: Sequence[float], size: int, dtype: torch.dtype
         return f"it solves in float32, not in {dtype}"
     if solver not in _METHODS:
         return f"it has no solver {solver!r}, only {', '.join(map(repr, _METHODS))}"
-    if solver == "anderson":
-        if options[0] > MOST_WINDOW:
-            return f"its Anderson window is at most {MOST_WINDOW}"
-        most = MOST_ACCELERATED if options[0] <= LONG_HISTORY else MOST_LONG_HISTORY
-        return f"its size is at most {most} with this window" if size > most else ""
+    if solver == "anderson" and options[0] > MOST_WINDOW:
+        return f"its Anderson window is at most {MOST_WINDOW}"
+    if solver == "anderson" and size > MOST_ACCELERATED:
+        return f"its size is at most {MOST_ACCELERATED} with Anderson acceleration"
     if size > MOST or (size > MOST_UNALIGNED and size % 16):
         return f"its size is at most {MOST_UNALIGNED}, or a multiple of 16 up to {MOST}"
     return ""
@@ -68,7 +66,7 @@ def _solve(
     kind, method = SOLVERS[solver], _METHODS[solver]
     fixed = int(options[1]) if method.value == PLAIN.value else 0
     window = int(options[0]) if solver == "anderson" else 0
-    block, padded, chunk, warps = tile_shape(size, solver, window)
+    block, padded, chunk, warps = tile_shape(size, solver)
     damping = options[1] if solver == "anderson" else options[0]
     value = torch.empty_like(offset, memory_format=torch.contiguous_format)
     status = offset.new_empty(batch, dtype=torch.int8)

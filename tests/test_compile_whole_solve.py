@@ -18,7 +18,7 @@ def compile_solve(arch, solver, size, adjoint, window=0, **more):
     from fastdeq.kernels import whole_solve
     from fastdeq.kernels.whole_kernel import whole_solve_kernel as kernel
 
-    block, padded, chunk, warps = whole_solve.tile_shape(size, solver, window)
+    block, padded, chunk, warps = whole_solve.tile_shape(size, solver)
     constants = {
         "SOLVER": whole_solve._METHODS[solver].value,
         "ACTIVATION": -1 if adjoint else 3,
@@ -59,7 +59,6 @@ def compile_solve(arch, solver, size, adjoint, window=0, **more):
         ("anderson", 16, Anderson().window),
         ("anderson", 31, Anderson().window),
         ("anderson", 64, Anderson().window),
-        ("anderson", 16, 10),
     ],
     ids=str,
 )

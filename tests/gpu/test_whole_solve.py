@@ -189,13 +189,13 @@ def test_the_comparison_notices_a_planted_error(planted, device):
 
 
 def test_what_is_not_served_has_a_reason():
-    name, options = encode(Anderson(window=11))
+    name, options = encode(Anderson(window=6))
     assert "window" in whole_solve.why_not(name, options, 8, torch.float32)
     for size in (65, 100, 129, 144):
         assert "size" in whole_solve.why_not("picard", [1.0, 0.0], size, torch.float32)
-    name, options = encode(Anderson(window=10))
-    assert "size" in whole_solve.why_not(name, options, 17, torch.float32)
-    assert whole_solve.why_not(name, options, 16, torch.float32) == ""
+    name, options = encode(Anderson())
+    assert "size" in whole_solve.why_not(name, options, 65, torch.float32)
+    assert whole_solve.why_not(name, options, 64, torch.float32) == ""
     assert "float64" in whole_solve.why_not("picard", [1.0, 0.0], 8, torch.float64)
     assert "minres" in whole_solve.why_not("minres", [0.0], 8, torch.float32)
     assert whole_solve.why_not("picard", [1.0, 0.0], 128, torch.float32) == ""
