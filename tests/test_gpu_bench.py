@@ -54,7 +54,7 @@ def test_an_interpreter_that_is_not_there():
 
 def test_make_hands_its_interpreter_on():
     done = subprocess.run(
-        ["make", "-n", "gpu", "PYTHON=/some/python"],
+        ["make", "--no-print-directory", "-n", "gpu", "PYTHON=/some/python"],
         cwd=ROOT,
         capture_output=True,
         text=True,
