@@ -109,7 +109,10 @@ def _no_whole_solve(request: Request) -> str:
         return reason
     from .kernels import whole_solve
 
-    found: str = whole_solve.why_not(request.solver, request.options, request.size, request.dtype)
+    shared_memory = None if request.gpu is None else request.gpu.shared_memory
+    found: str = whole_solve.why_not(
+        request.solver, request.options, request.size, request.dtype, shared_memory
+    )
     return found
 
 

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from .activations import activate, activation_slope
 from .sample import (
+    CONVERGED,
     NONFINITE,
     RESIDUAL_EPS,
     RUNNING,
@@ -39,7 +40,7 @@ from .sample import (
     learn,
     out_of_patience,
 )
-from .whole_anderson import REJECTED, TAKEN_BACK, extend_gram, mix, small_solve
+from .whole_anderson import REJECTED, anderson_step
 
 PLAIN = tl.constexpr(0)
 HEAVY_BALL = tl.constexpr(1)
@@ -116,7 +117,6 @@ def whole_solve_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile_row = tl.arange(0, BLOCK_M)
     sample = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = sample < batch
     column = tl.arange(0, SIZE)
@@ -130,7 +130,7 @@ def whole_solve_kernel(
     offset = tl.load(offset_ptr + entry, mask=mask, other=0.0).to(tl.float32)
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + entry, mask=mask, other=0.0).to(tl.float32)
-        offset, norm_factor, largest = unit_rows(slope, offset)
+        offset = unit_rows(slope, offset)[0]
     point = tl.zeros((BLOCK_M, SIZE), tl.float32)
     if start_ptr is not None:
         start = tl.load(start_ptr + entry, mask=mask, other=0.0).to(tl.float32)
@@ -142,8 +142,7 @@ def whole_solve_kernel(
     best_residual = infinite
     idle = tl.zeros((BLOCK_M,), tl.int32)
     iterations = idle
-    status = idle + RUNNING
-    running = exists
+    status = tl.where(exists, RUNNING, CONVERGED)
     if SOLVER == HEAVY_BALL:
         radius = tl.zeros((BLOCK_M,), tl.float32) + first
         omega = tl.zeros((BLOCK_M,), tl.float32) + 1.0
@@ -151,7 +150,6 @@ def whole_solve_kernel(
         norm_1, norm_2, norm_3 = infinite, infinite, infinite
         previous = point
     if SOLVER == ANDERSON:
-        place = tile_row[:, None] * SIZE + column[None, :]
         tile = tl.program_id(0).to(tl.int64)
         f_ptr += tile * ((WINDOW + 1) * BLOCK_M * SIZE)
         g_ptr += tile * ((WINDOW + 1) * BLOCK_M * SIZE)
@@ -163,10 +161,7 @@ def whole_solve_kernel(
         plain = exists & (accelerate_above > 0)
         accelerated = count > 0
         trusted_norm = infinite
-        previous_norm = infinite
-        taken_back = idle
-        capped = idle
-        cut = idle
+        taken_back, capped, cut = idle, idle, idle
 
     k = 0
     going = ITERATE
@@ -185,6 +180,7 @@ def whole_solve_kernel(
         norm = row_norm(value - point)
         size_norm = row_norm(value)
         # Next to infinity every residual would be small.
+        running = status == RUNNING
         sound = running & is_finite(size_norm)
         relative = tl.where(sound, norm / (size_norm + RESIDUAL_EPS), float("nan"))
         improved, best_residual, idle, judged = judge(
@@ -192,15 +188,14 @@ def whole_solve_kernel(
         )
         best = tl.where(improved[:, None], point, best)
         status = tl.where(running, judged, status)
-        running = running & (judged == RUNNING)
+        running = status == RUNNING
 
         failed = running & (is_finite(norm) == 0)
         if SOLVER == ANDERSON:
             # NaN compares false: "not (norm <= limit)" takes a step back that is not finite too.
             back = accelerated & ((norm <= safeguard * trusted_norm) == 0)
             failed = failed & (back == 0)
-            plain = plain & (norm <= accelerate_above * previous_norm)
-            previous_norm = norm
+            plain = plain & (norm <= accelerate_above * trusted_norm)
             trusted_norm = tl.where(back, trusted_norm, norm)
             if DAMPED:
                 following = value - (1.0 - first) * (value - point)
@@ -208,41 +203,29 @@ def whole_solve_kernel(
                 following = value
             accelerated = accelerated & (count < 0)
             if tl.max((running & (plain == 0)).to(tl.int32), axis=0) != 0:
-                tl.debug_barrier()
-                tl.store(f_ptr + slot * (BLOCK_M * SIZE) + place, value)
-                tl.store(g_ptr + slot * (BLOCK_M * SIZE) + place, value - point)
-                tl.store(notes_ptr + tile_row, tl.where(back, TAKEN_BACK, count))
-                tl.debug_barrier()
-                extend_gram(
-                    g_ptr, gram_ptr, notes_ptr, slot, size, WINDOW, OLDER, BLOCK_M, SIZE, CHUNK
-                )
-                tl.debug_barrier()
-                small_solve(
+                following, outcome = anderson_step(
+                    f_ptr,
+                    g_ptr,
                     gram_ptr,
-                    notes_ptr,
                     weights_ptr,
-                    notes_ptr + BLOCK_M,
+                    notes_ptr,
                     slot,
+                    size,
+                    value,
+                    point,
+                    count,
+                    back,
+                    1.0 - first,
                     regularization,
                     rank_tolerance,
                     max_weight,
-                    WINDOW,
-                    BLOCK_M,
-                )
-                tl.debug_barrier()
-                following = mix(
-                    f_ptr,
-                    g_ptr,
-                    notes_ptr,
-                    weights_ptr,
-                    slot,
-                    1.0 - first,
                     DAMPED,
                     WINDOW,
+                    OLDER,
                     BLOCK_M,
                     SIZE,
+                    CHUNK,
                 )
-                outcome = tl.load(notes_ptr + BLOCK_M + tile_row)
                 rejected = outcome >= REJECTED
                 mixes = running & is_finite(norm) & (back == 0)
                 taken_back += (running & back).to(tl.int32)
@@ -266,15 +249,14 @@ def whole_solve_kernel(
             following = value
 
         status = tl.where(failed, failure(best_residual, tol), status)
-        running = running & (failed == 0)
-        stagnated = running & out_of_patience(idle, k, patience, FIXED)
+        stagnated = (status == RUNNING) & out_of_patience(idle, k, patience, FIXED)
         status = tl.where(stagnated, STAGNATED, status)
-        running = running & (stagnated == 0)
         # Of a sample that has stopped the point is not frozen: nothing of it is read any more.
         point = following
-        iterations += running.to(tl.int32)
+        on = (status == RUNNING).to(tl.int32)
+        iterations += on
         k += 1
-        more = tl.max(running.to(tl.int32), axis=0) != 0
+        more = tl.max(on, axis=0) != 0
         if value_slope_ptr is None:
             going = more.to(tl.int32)
         else:
@@ -282,6 +264,12 @@ def whole_solve_kernel(
             going = tl.where(more, ITERATE, going - 1)
             point = tl.where(more, point, best)
 
+    # Computed anew, as are the factors of the rows: kept over the loop, addresses and factors would
+    # take registers. The compiler does not know that k is positive.
+    sample += tl.minimum(k, 0)
+    entry = sample[:, None] * size + column[None, :]
+    exists = sample < batch
+    mask = exists[:, None] & inside[None, :]
     tl.store(status_ptr + sample, status.to(tl.int8), mask=exists)
     tl.store(iterations_ptr + sample, iterations, mask=exists)
     tl.store(residual_ptr + sample, best_residual, mask=exists)
@@ -295,6 +283,9 @@ def whole_solve_kernel(
         value_slope = tl.where((status == NONFINITE)[:, None], 0.0, value_slope)
         tl.store(value_slope_ptr + entry, value_slope, mask=mask)
     if slope_ptr is not None:
+        grad = tl.load(offset_ptr + entry, mask=mask, other=0.0).to(tl.float32)
+        slope = tl.load(slope_ptr + entry, mask=mask, other=0.0).to(tl.float32)
+        _g, norm_factor, largest = unit_rows(slope, grad)
         # A step at a time, as the product of the two may overflow.
         best = best * norm_factor[:, None] * largest[:, None]
     tl.store(value_ptr + entry, best, mask=mask)

@@ -19,10 +19,8 @@ from .tile_choice import default_precision
 from .whole_kernel import ANDERSON, HEAVY_BALL, PLAIN, whole_solve_kernel
 
 _METHODS = {"picard": PLAIN, "neumann": PLAIN, "heavy_ball": HEAVY_BALL, "anderson": ANDERSON}
-# Where no register is spilled: sizes that are no multiple of 16 take more registers to address, and
-# a history takes many.
-MOST, MOST_UNALIGNED = 128, 64
-MOST_ACCELERATED, MOST_WINDOW = 64, 5
+MOST = 128  # the largest n
+MOST_WINDOW = 8  # where the small solve still fits the registers
 
 
 def tile_shape(size: int, solver: str) -> tuple[int, int, int, int]:
@@ -34,18 +32,31 @@ def tile_shape(size: int, solver: str) -> tuple[int, int, int, int]:
     return 16, padded, 8, warps
 
 
-def why_not(solver: str, options: Sequence[float], size: int, dtype: torch.dtype) -> str:
-    """Why a solve in ``dtype`` is not served; empty where it is."""
+def shared_bytes(size: int) -> int:
+    """Of a program: W and the points, each in two parts for "tf32x3"."""
+    block, padded, _chunk, _warps = tile_shape(size, "picard")
+    return 8 * padded * (padded + block)
+
+
+def why_not(
+    solver: str,
+    options: Sequence[float],
+    size: int,
+    dtype: torch.dtype,
+    shared_memory: int | None = None,
+) -> str:
+    """Why a solve in ``dtype`` is not served on a device with so many bytes of shared memory for a
+    block; empty where it is."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it solves in float32, not in {dtype}"
     if solver not in _METHODS:
         return f"it has no solver {solver!r}, only {', '.join(map(repr, _METHODS))}"
     if solver == "anderson" and options[0] > MOST_WINDOW:
         return f"its Anderson window is at most {MOST_WINDOW}"
-    if solver == "anderson" and size > MOST_ACCELERATED:
-        return f"its size is at most {MOST_ACCELERATED} with Anderson acceleration"
-    if size > MOST or (size > MOST_UNALIGNED and size % 16):
-        return f"its size is at most {MOST_UNALIGNED}, or a multiple of 16 up to {MOST}"
+    if size > MOST:
+        return f"its size is at most {MOST}"
+    if shared_memory is not None and shared_bytes(size) > shared_memory:
+        return f"size {size} needs {shared_bytes(size)} bytes of shared memory in a block"
     return ""
 
 

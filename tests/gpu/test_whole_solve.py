@@ -20,7 +20,8 @@ SOLVERS = (
     Picard(fixed_iterations=7),
     HeavyBall(),
     Anderson(),
-    Anderson(window=10, accelerate_above=0.9),
+    Anderson(window=8, accelerate_above=0.9),
+    Anderson(window=8, accelerate_above=0.5),
     Anderson(window=1, damping=0.9),
 )
 
@@ -82,14 +83,14 @@ def test_agrees_with_plain_pytorch_and_float64(solver, batch, size, device):
     torch.testing.assert_close(z[5], (1 - truth**2).float(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [64, 112, 128])
+@pytest.mark.parametrize("size", [64, 100, 128])
 def test_large_sizes(size, device):
-    solver = Picard() if size > whole_solve.MOST_ACCELERATED else Anderson(accelerate_above=0.9)
+    solver = Anderson(accelerate_above=0.9 if size == 64 else 0.0)
     w, c, d, g = problem(solver, 2, size, device)
     w = w.t().contiguous().t()  # any strides
     check_alike(forward(whole_solve, w, c, solver), forward(affine, w, c, solver))
-    neumann = Neumann()
-    check_alike(adjoint(whole_solve, w, d, g, neumann), adjoint(affine, w, d, g, neumann))
+    for linear in (Neumann(), Anderson(window=3)):
+        check_alike(adjoint(whole_solve, w, d, g, linear), adjoint(affine, w, d, g, linear))
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "softplus", "elu", "gelu", "silu"])
@@ -188,14 +189,28 @@ def test_the_comparison_notices_a_planted_error(planted, device):
         check_alike(forward(whole_solve, w, c, solver), expected, fixed=True)
 
 
+def test_rows_of_an_adjoint_that_are_not_finite_are_those_of_plain_pytorch(device):
+    """In D, in g, where the other is zero as well; and rows at both ends of the range."""
+    w, _, d, g = problem(Neumann(), 8, 6, device)
+    d[0], g[0, 1] = 0, torch.nan
+    d[1, 2], g[1, 2] = 0, torch.inf
+    g[2, 3], d[3, 1], d[4, 1] = torch.nan, torch.nan, torch.inf
+    g[5], g[6], g[7] = 0, 3e37, 1e-36
+    actual, expected = adjoint(whole_solve, w, d, g, Neumann()), adjoint(affine, w, d, g, Neumann())
+    assert torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[3], expected[3], rtol=0, atol=TOL)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-40, equal_nan=True)
+    assert actual[0].isnan().all(1).tolist() == [False, True, True, True, True] + [False] * 3
+
+
 def test_what_is_not_served_has_a_reason():
-    name, options = encode(Anderson(window=6))
+    name, options = encode(Anderson(window=9))
     assert "window" in whole_solve.why_not(name, options, 8, torch.float32)
-    for size in (65, 100, 129, 144):
-        assert "size" in whole_solve.why_not("picard", [1.0, 0.0], size, torch.float32)
-    name, options = encode(Anderson())
-    assert "size" in whole_solve.why_not(name, options, 65, torch.float32)
-    assert whole_solve.why_not(name, options, 64, torch.float32) == ""
-    assert "float64" in whole_solve.why_not("picard", [1.0, 0.0], 8, torch.float64)
+    plain = "picard", [1.0, 0.0]
+    assert "size" in whole_solve.why_not(*plain, 129, torch.float32)
+    assert "float64" in whole_solve.why_not(*plain, 8, torch.float64)
     assert "minres" in whole_solve.why_not("minres", [0.0], 8, torch.float32)
-    assert whole_solve.why_not("picard", [1.0, 0.0], 128, torch.float32) == ""
+    assert whole_solve.why_not(*plain, 128, torch.float32) == ""
+    # Blocks of some GPUs have 99 KiB of shared memory.
+    assert "shared memory" in whole_solve.why_not(*plain, 128, torch.float32, 99 * 1024)
+    assert whole_solve.why_not(*plain, 64, torch.float32, 99 * 1024) == ""
