@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of flags.
+# Columns of flags; 22 to 31 are free.
 FLAGS = tl.constexpr(32)
 WANTED = tl.constexpr(0)  # the next evaluation: a kind below, 0 where the sample has stopped
 MADE = tl.constexpr(1)  # the kind of the evaluation just made, written by the step kernel
@@ -57,9 +57,8 @@ HALVINGS = tl.constexpr(18)  # energy
 FLOOR = tl.constexpr(19)  # energy: the step began near the rounding floor
 EXHAUSTED = tl.constexpr(20)  # MINRES: the Krylov space
 VAIN = tl.constexpr(21)  # MINRES: restarts since the last one that brought a gain
-SPARE_FLAG = tl.constexpr(22)  # to 31: free, 0 at the start
 
-# Columns of numbers.
+# Columns of numbers; 12 and 22 to 29 are free.
 NUMBERS = tl.constexpr(32)
 BEST = tl.constexpr(0)  # best relative residual
 NORM = tl.constexpr(1)  # residual norm of the last evaluation, of the one before, two before
@@ -73,8 +72,7 @@ ANCHOR = tl.constexpr(8)  # the ramp: relative residual at the last exact evalua
 GOAL = tl.constexpr(9)  # the ramp: relative residual at which the next one is due
 TRUSTED_NORM = tl.constexpr(10)  # Anderson: residual norm of the last point not taken back
 RESTARTED_AT = tl.constexpr(11)  # MINRES: best residual at the last restart with a gain
-SQUARE = tl.constexpr(12)  # energy: |residual|^2 of conjugate gradients, and its goal
-ENOUGH = tl.constexpr(13)
+ENOUGH = tl.constexpr(13)  # energy: goal of |residual|^2 of conjugate gradients
 LENGTH = tl.constexpr(14)  # energy: t
 BETA = tl.constexpr(15)  # MINRES: as in csrc/cpu/line.h
 COSINE = tl.constexpr(16)
@@ -83,7 +81,6 @@ DIAGONAL = tl.constexpr(18)
 CORNER = tl.constexpr(19)
 PHI = tl.constexpr(20)
 AIM = tl.constexpr(21)
-SPARE_NUMBER = tl.constexpr(22)  # to 29: free, 0 at the start
 ROW_NORM = tl.constexpr(30)  # adjoint: what the result is multiplied by, one after the other
 LARGEST = tl.constexpr(31)
 

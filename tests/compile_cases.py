@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import subprocess
 import tempfile
@@ -9,13 +11,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from test_gpu_compile import why_no_triton
-
 ARCHITECTURES = [80, 90]
 # What one block may use at most, where the driver is asked for it.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 
-__all__ = ["ARCHITECTURES", "SHARED_LIMITS", "compile_kernel", "resources", "why_no_triton"]
+
+def why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 replaces the compiler"
+    return ""
 
 
 def compile_kernel(

@@ -1,13 +1,12 @@
 """The whole-solve kernel compiles for sm_80 and sm_90 without spilling a register."""
 
 import pytest
-from compile_cases import compile_kernel, resources, why_no_triton
+from compile_cases import ARCHITECTURES, SHARED_LIMITS, compile_kernel, resources, why_no_triton
 
 from fastdeq.solvers import Anderson
 
 pytestmark = pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton() or "triton is here")
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 HISTORY = ("f_ptr", "g_ptr", "gram_ptr", "weights_ptr", "notes_ptr", "rejects_ptr")
 INTEGERS = {"status_ptr": "*i8", "iterations_ptr": "*i32", "rejects_ptr": "*i32"}
 INTEGERS |= {"notes_ptr": "*i32", "gram_ptr": "*fp64"}
@@ -48,7 +47,7 @@ def compile_solve(arch, solver, size, adjoint, window=0, **more):
     return compile_kernel(kernel, arch, signature, constants, aligned, num_warps=warps, **more)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 @pytest.mark.parametrize(
     ("solver", "size", "window"),
@@ -71,7 +70,7 @@ def test_no_register_is_spilled(tmp_path, solver, size, window, adjoint, arch):
     found = resources(kernel, tmp_path)
     print(kernel.metadata.shared, found)
     assert found["STACK"] == found["LOCAL"] == 0
-    assert kernel.metadata.shared <= max(shared_bytes(size), 4096) <= SHARED_LIMIT[arch]
+    assert kernel.metadata.shared <= max(shared_bytes(size), 4096) <= SHARED_LIMITS[arch]
 
 
 def test_a_spill_is_noticed(tmp_path):

@@ -1,5 +1,4 @@
-"""The emulated GPU that the CUDA kernels are tested on, and two small parts of theirs: activations
-and the small solve of Anderson acceleration."""
+"""The emulated GPU that the CUDA kernels are tested on, and a small part of theirs: activations."""
 
 import ctypes
 import shutil
@@ -102,47 +101,3 @@ def test_activations_and_slopes(pieces, name, dtype):
         tolerance = 16 * torch.finfo(dtype).eps
         expected = function(points.double()).to(dtype)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def small_solves(pieces, gram, slots, slot, counts, options, together):
-    gamma = torch.full((len(counts), slots - 1), torch.nan, dtype=torch.float64)
-    outcomes = torch.full((len(counts), 2), -1, dtype=torch.int32)
-    numbers = torch.tensor(options, dtype=torch.float64)
-    each = torch.tensor(counts, dtype=torch.int32)
-    pieces.small_solves(
-        *(pointer(gram), slots, slot, len(counts), pointer(each), pointer(numbers)),
-        *(together, ctypes.c_uint64(slot), pointer(gamma), pointer(outcomes)),
-    )
-    return gamma, outcomes
-
-
-USUAL = (1.0, 1e-12, 1e-10, 1e8)
-
-
-@pytest.mark.parametrize("slots", range(2, 10))
-def test_small_solves_side_by_side_are_those_of_one_thread(pieces, slots):
-    seen = torch.zeros(2, dtype=torch.int64)
-    for size, options in (
-        (40, USUAL),
-        (1, USUAL),
-        (40, (1.0, 1e-2, 0.3, 1e8)),
-        (40, (*USUAL[:3], 0.1)),
-    ):
-        slot = int(torch.randint(slots, ()))
-        g = torch.randn(slots, size, dtype=torch.float64)
-        gram = g @ g.t()
-        if size == 1:  # unused slots may hold anything
-            unused = (slot + 1) % slots
-            gram[unused] = gram[:, unused] = torch.nan
-        most = slots - 2 if size == 1 else slots - 1
-        counts = torch.randint(most + 1, (4,)).tolist()
-        counts[0] = most
-        for number in (1, 3, 4):
-            found = small_solves(pieces, gram, slots, slot, counts[:number], options, 1)
-            expected = small_solves(pieces, gram, slots, slot, counts[:number], options, 0)
-            # Products and divisions come in the same order; compilers may fuse some.
-            torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-12)
-            assert torch.equal(found[1], expected[1])
-            seen += expected[1].sum(0)
-    assert seen[0] > 0 or slots < 4
-    assert seen[1] > 0

@@ -4,7 +4,6 @@ fastdeq.affine: whole solves, as csrc/cuda/loop.cu runs them."""
 import ctypes
 import dataclasses
 import random
-import re
 import shutil
 
 import pytest
@@ -268,7 +267,9 @@ def test_the_small_solve_of_a_warp_is_that_of_a_thread(library):
     ):
         g = torch.randn(slots, size, dtype=torch.float64)
         gram = g @ g.t()
-        for count in (0, 1, slots // 2, slots - 1):
+        for count in (slots - 1, slots // 2, 1, 0):
+            unused = [j for j in range(slots) if (1 - j) % slots > count]
+            gram[unused] = gram[:, unused] = torch.nan  # they may hold anything
             found = []
             for by_warp in (0, 1):
                 gamma, outcome = torch.zeros(slots).double(), (ctypes.c_int * 2)()
@@ -291,10 +292,3 @@ def test_numbers_round_to_bfloat16_as_in_pytorch(library):
     assert rounded == expected.tolist()
     nan = torch.tensor([library.round_to_bfloat16(float("nan"))], dtype=torch.int16)
     assert nan.view(torch.bfloat16).isnan()
-
-
-def test_windows_that_the_loop_takes_fit_the_shared_memory():
-    source = (ROOT / "csrc/cuda/loop.cu").read_text()
-    most = int(re.search(r"kMostSlots = (\d+)", source).group(1)) - 1
-    scalars = 2048  # of LoopShared itself
-    assert scalars + 8 * (most * (most + 1) + most) + 12 * most <= 48 * 1024

@@ -28,7 +28,7 @@ SOLVERS = (
     Anderson(),
     Anderson(damping=0.7),
     Anderson(window=1),
-    Anderson(window=8),  # the largest that neighbours solve together
+    Anderson(window=8),
     Anderson(window=40),  # above every number of iterations
     Anderson(accelerate_above=0.5),
     Anderson(accelerate_above=0.5, damping=0.7, window=3),

@@ -6,7 +6,6 @@ first show that they would see one.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,20 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compile_cases import ARCHITECTURES, compile_kernel, resources, why_no_triton
 
 ROOT = Path(__file__).parents[1]
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = [80, 90]
 # What every block may use without asking the driver for more.
 SHARED_LIMIT = 48 * 1024
-
-
-def why_no_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 replaces the compiler"
-    return ""
 
 
 def find_nvcc() -> str | None:
@@ -40,65 +31,27 @@ needs_triton = pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton() 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 
 
-@pytest.fixture
-def compile_mix(tmp_path, monkeypatch):
-    """Compiles the Triton anderson_mix for one architecture, as its launcher would."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from fastdeq.kernels.anderson_mix import anderson_mix_kernel, tile_shape
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compile_mix(arch, dtype, slots, size, *, damped=True, layout="aligned", **more):
+    """The Triton anderson_mix compiled for one architecture, as its launcher would have it."""
+    from fastdeq.kernels.anderson_mix import anderson_mix_kernel as kernel
+    from fastdeq.kernels.anderson_mix import tile_shape
 
-    pointers = {"gram_ptr": "*fp64", "count_ptr": "*i32", "dropped_ptr": "*i32"}
-    pointers["rejected_ptr"] = "*i1"
+    columns, block, warps = tile_shape(slots, size)
+    constants = {"DAMPED": damped, "COLUMNS": columns, "BLOCK": block}
+    if layout != "strided":
+        ones = ("f_stride_entry", "g_stride_entry", "gram_stride_column", "count_stride")
+        constants |= dict.fromkeys(ones, 1)
+    aligned = []
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    if layout == "aligned":  # as a solver stores its history when 16 divides n
+        aligned = ["size", "f_stride_slot", "f_stride_batch", "g_stride_slot", "g_stride_batch"]
+        aligned += pointers
+    signature = dict.fromkeys(pointers, f"*{dtype}")
+    signature |= {"gram_ptr": "*fp64", "count_ptr": "*i32", "dropped_ptr": "*i32"}
+    signature["rejected_ptr"] = "*i1"
     options = ("undamped", "regularization", "rank_tolerance", "max_weight")
-
-    def run(arch, dtype, slots, size, *, damped=True, layout="aligned", **more):
-        columns, block, warps = tile_shape(slots, size)
-        constants = {"DAMPED": damped, "COLUMNS": columns, "BLOCK": block}
-        if layout != "strided":
-            ones = ("f_stride_entry", "g_stride_entry", "gram_stride_column", "count_stride")
-            constants |= dict.fromkeys(ones, 1)
-        aligned = []
-        if layout == "aligned":  # as a solver stores its history when 16 divides n
-            aligned = ["size", "f_stride_slot", "f_stride_batch", "g_stride_slot", "g_stride_batch"]
-            aligned += [name for name in anderson_mix_kernel.arg_names if name.endswith("_ptr")]
-        signature = {}
-        for name in anderson_mix_kernel.arg_names:
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name.endswith("_ptr"):
-                signature[name] = pointers.get(name, f"*{dtype}")
-            elif name in options:
-                signature[name] = "fp64"
-            else:
-                signature[name] = "i32"
-        index = anderson_mix_kernel.arg_names.index
-        source = ASTSource(
-            anderson_mix_kernel,
-            signature,
-            constants,
-            {(index(name),): [["tt.divisibility", 16]] for name in aligned},
-        )
-        launch = {"num_warps": warps, "enable_fp_fusion": True, **more}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
-
-    return run
-
-
-def triton_resources(kernel, folder: Path) -> dict[str, int]:
-    """Registers per thread and bytes of stack, from the cubin itself. Spills live on the stack."""
-    import triton
-
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    report = subprocess.run(
-        [tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
-    found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)
-    assert len(found) == 3, report
-    return {name: int(value) for name, value in found}
+    signature |= dict.fromkeys(options, "fp64")
+    return compile_kernel(kernel, arch, signature, constants, aligned, num_warps=warps, **more)
 
 
 @needs_triton
@@ -118,19 +71,19 @@ def triton_resources(kernel, folder: Path) -> dict[str, int]:
     ],
     ids=lambda shape: "-".join(f"{key}={value}" for key, value in shape.items()),
 )
-def test_triton_anderson_mix_fits_the_registers(compile_mix, tmp_path, shape, dtype, arch):
+def test_triton_anderson_mix_fits_the_registers(tmp_path, shape, dtype, arch):
     kernel = compile_mix(arch, dtype, **shape)
     assert kernel.asm["cubin"]
     assert kernel.metadata.shared <= SHARED_LIMIT
-    resources = triton_resources(kernel, tmp_path)
-    print(f"shared {kernel.metadata.shared}", resources)
-    assert resources["STACK"] == resources["LOCAL"] == 0
+    found = resources(kernel, tmp_path)
+    print(f"shared {kernel.metadata.shared}", found)
+    assert found["STACK"] == found["LOCAL"] == 0
 
 
 @needs_triton
-def test_a_spilling_triton_kernel_is_noticed(compile_mix, tmp_path):
+def test_a_spilling_triton_kernel_is_noticed(tmp_path):
     kernel = compile_mix(90, "fp32", slots=6, size=1024, maxnreg=32)
-    assert triton_resources(kernel, tmp_path)["STACK"] > 0
+    assert resources(kernel, tmp_path)["STACK"] > 0
 
 
 @needs_triton

@@ -27,6 +27,7 @@
 #include "../cpu/solve_arguments.h"
 #include "launch.h"
 #include "rows.cuh"
+#include "sample.cuh"
 
 namespace fastdeq {
 
@@ -75,6 +76,24 @@ struct CudaSolve {
   int64_t batch() const { return offset.size(0); }
   int64_t size() const { return offset.size(1); }
   int counters() const { return counters_of(method.solver); }
+
+  // `ramp`: with narrow products where they do no harm.
+  cuda::SolveOptions options(bool ramp) const {
+    cuda::SolveOptions o;
+    o.tol = tol;
+    o.max_iter = int32_t(max_iter);
+    o.fixed = fixed;
+    o.patience = int32_t(method.patience);
+    o.damping = method.damping;
+    o.momentum = method.momentum;
+    o.radius = method.radius;
+    o.window = int32_t(method.window);
+    o.safeguard = method.safeguard;
+    o.accelerate_above = method.accelerate_above;
+    o.anderson = method.anderson;
+    o.ramp = ramp;
+    return o;
+  }
 
   template <typename T>
   SolvePointers<T> pointers() {

@@ -3,11 +3,11 @@
 //
 // On the host: one call. The iterations are a CUDA graph that is built for the solve, and that runs
 // until the device sees that no sample is left; the host waits for nothing. Where there are no
-// conditional nodes (drivers before CUDA 12.4), where the current stream is being captured already,
-// and for a fixed number of iterations, they are enqueued one by one: a kernel that finds no sample
-// running returns at once, but the products are made. Then every few of them the host looks,
-// without waiting, whether any sample runs, except where the count is fixed or nothing may be read;
-// and there are no narrow products.
+// conditional nodes (drivers before CUDA 12.4) or the current stream is being captured already,
+// there are no narrow products, and the iterations are enqueued one by one; so they are for a fixed
+// number of iterations that takes no narrow products anyway. A kernel that finds no sample running
+// then returns at once, but the products are made, and every few of them the host looks, without
+// waiting, whether any sample runs, except where the count is fixed or nothing may be read.
 //
 // Memory, rows of d numbers per sample: value, point, product and one more; Anderson 2 (window +
 // 1), heavy ball 1, the ramp 1.5 and a copy of the weight in bfloat16.
@@ -38,6 +38,7 @@ using cuda::LoopTask;
 constexpr int64_t kRampSize = 512;  // where precision="auto" takes narrow products
 constexpr int kLookEvery = 4;       // iterations between two looks at the device
 constexpr int64_t kMostSlots = 64;  // of the history, what shared memory has room for
+static_assert(cuda::LoopShared<double>::bytes(kMostSlots - 1) <= kSharedUnasked);
 
 template <typename T>
 using StepKernel = void (*)(LoopTask<T>, const T*);
@@ -53,30 +54,13 @@ StepKernel<T> step_kernel_for(bool wide, bool ramp) {
 
 bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
-cuda::SolveOptions solve_options(const CudaSolve& solve, bool ramp) {
-  cuda::SolveOptions o;
-  o.tol = solve.tol;
-  o.max_iter = int32_t(solve.max_iter);
-  o.fixed = solve.fixed;
-  o.patience = int32_t(solve.method.patience);
-  o.damping = solve.method.damping;
-  o.momentum = solve.method.momentum;
-  o.radius = solve.method.radius;
-  o.window = int32_t(solve.method.window);
-  o.safeguard = solve.method.safeguard;
-  o.accelerate_above = solve.method.accelerate_above;
-  o.anderson = solve.method.anderson;
-  o.ramp = ramp;
-  return o;
-}
-
 template <typename T>
 class Loop {
  public:
   Loop(CudaSolve& solve, const Launch& launch, bool on_device, bool ramp)
       : launch_(launch), on_device_(on_device), ramp_(ramp), products_(place(solve)) {
     const SolvePointers<T> p = solve.pointers<T>();
-    task_.options = solve_options(solve, ramp);
+    task_.options = solve.options(ramp);
     task_.batch = p.batch;
     task_.size = p.size;
     task_.activation = solve.activation;

@@ -58,12 +58,12 @@ struct LoopShared {
   double partial[kLoopWarps * kGramTile];
 
   // window: differences kept.
-  static size_t bytes(int64_t window) {
+  static constexpr size_t bytes(int64_t window) {
     const size_t p = size_t(window);
     return align(sizeof(LoopShared)) + sizeof(double) * (p * (p + 1) + p) +
            (sizeof(T) + sizeof(int32_t)) * p;
   }
-  static FASTDEQ_HOST_DEVICE size_t align(size_t bytes) { return (bytes + 15) / 16 * 16; }
+  static constexpr FASTDEQ_HOST_DEVICE size_t align(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
   __device__ double* work() {
     return reinterpret_cast<double*>(reinterpret_cast<unsigned char*>(this) +

@@ -57,18 +57,7 @@ PersistentTask<T> task_of(CudaSolve& solve) {
   task.residual = p.residual;
   task.rejects = p.rejects;
   task.value_slope = p.value_slope;
-  cuda::SolveOptions& o = task.options;
-  o.tol = solve.tol;
-  o.max_iter = int32_t(solve.max_iter);
-  o.fixed = solve.fixed;
-  o.patience = int32_t(solve.method.patience);
-  o.damping = solve.method.damping;
-  o.momentum = solve.method.momentum;
-  o.radius = solve.method.radius;
-  o.window = int32_t(solve.method.window);
-  o.safeguard = solve.method.safeguard;
-  o.accelerate_above = solve.method.accelerate_above;
-  o.anderson = solve.method.anderson;
+  task.options = solve.options(false);
   return task;
 }
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "persistent_member.cuh"
-#include "small_solve.cuh"
+#include "warp_solve.cuh"
 
 namespace fastdeq {
 namespace cuda {
@@ -62,46 +62,27 @@ class MemberHistory : protected MemberPlaces<T, kRows, kColumns> {
     return d.step == StepKind::kMix && d.count > 0;
   }
 
-  // As many samples at a time as there is room for: their small solves, then their next points.
+  // As many samples at a time as there is room for: their small solves, one to a warp, then their
+  // next points.
   __device__ void mix() {
-    const int window = task_.options.window;
-    const bool side_by_side = window <= kSolveLanes;
-    const int stride = side_by_side ? window : int(small_solve_doubles(window));
-    const int room = int(task_.area_bytes / (8 * stride));
-    const int limit = side_by_side ? room : room < int(blockDim.x) ? room : int(blockDim.x);
+    const int window = task_.options.window, stride = int(small_solve_doubles(window));
+    const int limit = int(task_.area_bytes / (8 * stride));
+    double* const gamma = area() + window * slots();
     for (int first = 0; first < rows_; first += limit) {
       const int end = first + limit < rows_ ? first + limit : rows_;
-      double* gamma = area();
-      if (side_by_side) {
-        solve_side_by_side(first, end, gamma);
-      } else {
-        solve_by_thread(first + threadIdx.x, end, gamma + threadIdx.x * stride);
-        gamma += window * slots();
-      }
-      __syncthreads();
+      for (int m = first + warp_; m < end; m += warps()) {
+        if (!mixes(samples_[m].decision)) continue;
+        const int place = (m - first) * stride;
+        const AndersonOutcome outcome =
+            solve_small_by_warp(gram(m), slots(), slot_, samples_[m].decision.count,
+                                task_.options.anderson, area() + place, gamma + place);
+        if (lane_ == 0) mixed(samples_[m].sample, outcome);
+      }  // a warp mixes the rows that it has solved for
       for (int row = first + warp_; row < end; row += kTogether * warps()) {
         mix_rows(row, end, gamma + (row - first) * stride, stride);
       }
       __syncthreads();
     }
-  }
-
-  __device__ void solve_side_by_side(int first, int end, double* gamma) {
-    const int place = threadIdx.x / kSolveLanes, places = blockDim.x / kSolveLanes;
-    for (int m = first + place; m - place < end; m += places) {  // whole warps
-      const bool wanted = m < end && mixes(samples_[m].decision);
-      const AndersonOutcome outcome = solve_small_together(
-          wanted, gram(wanted ? m : 0), slots(), slot_, wanted ? samples_[m].decision.count : 0,
-          task_.options.anderson, gamma + (m - first) * task_.options.window);
-      if (wanted && threadIdx.x % kSolveLanes == 0) mixed(samples_[m].sample, outcome);
-    }
-  }
-
-  __device__ void solve_by_thread(int m, int end, double* work) {
-    if (m >= end || !mixes(samples_[m].decision)) return;
-    mixed(samples_[m].sample,
-          solve_small(gram(m), slots(), 1, slots(), slot_, samples_[m].decision.count,
-                      task_.options.anderson, work, work + task_.options.window * slots()));
   }
 
   // `gamma` is the first row's; those of the rows follow each other in steps of `stride`.

@@ -69,11 +69,8 @@ constexpr int64_t round_to(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 constexpr int64_t kCounterStride = 128;  // bytes: a line of the second-level cache each
 
-// Doubles of the small solve of one sample, where a thread makes it (see persistent_history.cuh):
-// odd, so that the threads of a warp, one sample each, do not compete for banks.
-constexpr int64_t small_solve_doubles(int window) {
-  return int64_t(window) * (window + 1) + window + (window % 2 == 0 ? 1 : 0);
-}
+// Doubles of the small solve of one sample: its matrix with its scales, and its weights.
+constexpr int64_t small_solve_doubles(int window) { return int64_t(window) * (window + 2); }
 
 inline int64_t planned_area(const PersistentPlan& p, const PersistentProblem& q) {
   const int64_t chunks = int64_t(2) * p.tile_rows * (p.chunk + 1) * kUnitBytes;

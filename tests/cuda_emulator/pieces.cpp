@@ -1,11 +1,9 @@
-// The parts of csrc/cuda that need no machine, or one warp: the state machine of a sample, the
-// activations, the small solve. For tests/test_cuda_sample.py.
+// The parts of csrc/cuda that need no machine: the state machine of a sample and the activations.
 
 #include <cuda_runtime.h>
 
 #include "cuda/activations.cuh"
 #include "cuda/sample.cuh"
-#include "cuda/small_solve.cuh"
 
 namespace {
 
@@ -37,23 +35,6 @@ SolveOptions read(const Options& given) {
   o.safeguard = given.safeguard;
   o.accelerate_above = given.accelerate_above;
   return o;
-}
-
-struct SolveCase {
-  const double* gram;
-  int slots, slot, count;
-  AndersonOptions options;
-  double* gamma;
-  AndersonOutcome outcome;
-};
-
-// Group i of eight lanes has case i, of four.
-__global__ void solve_cases(SolveCase* cases, int number) {
-  const int i = int(threadIdx.x) / kSolveLanes;
-  SolveCase& c = cases[i < number ? i : 0];
-  const AndersonOutcome outcome =
-      solve_small_together(i < number, c.gram, c.slots, c.slot, c.count, c.options, c.gamma);
-  if (i < number && threadIdx.x % kSolveLanes == 0) c.outcome = outcome;
 }
 
 }  // namespace
@@ -108,30 +89,6 @@ void activation_double(int index, int slope, const double* in, double* out, int 
 void activation_float(int index, int slope, const float* in, float* out, int count) {
   for (int i = 0; i < count; ++i) {
     out[i] = slope ? activation_slope(index, in[i]) : activate(index, in[i]);
-  }
-}
-
-// Up to four cases of the same gram matrix with their counts; gamma is (number, slots - 1),
-// outcomes (number, 2). By one thread each or side by side.
-void small_solves(const double* gram, int slots, int slot, int number, const int32_t* counts,
-                  const double* options, int together, uint64_t seed, double* gamma,
-                  int32_t* outcomes) {
-  const AndersonOptions o = {options[0], options[1], options[2], options[3]};
-  std::vector<SolveCase> cases;
-  for (int i = 0; i < number; ++i) {
-    cases.push_back({gram, slots, slot, counts[i], o, gamma + i * (slots - 1), {}});
-  }
-  if (together) {
-    emulate(&solve_cases, 1, 32, 0, seed, cases.data(), number);
-  } else {
-    std::vector<double> work(size_t((slots - 1) * slots));
-    for (SolveCase& c : cases) {
-      c.outcome = solve_small(gram, slots, 1, slots, slot, c.count, o, work.data(), c.gamma);
-    }
-  }
-  for (int i = 0; i < number; ++i) {
-    outcomes[2 * i] = cases[size_t(i)].outcome.dropped;
-    outcomes[2 * i + 1] = cases[size_t(i)].outcome.rejected;
   }
 }
 }
