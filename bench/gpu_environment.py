@@ -19,7 +19,7 @@ from typing import Any
 
 # Run by the interpreter that was named.
 _PROBE = """
-import importlib.util, json, sys
+import importlib.metadata, importlib.util, json, sys
 found = {name: importlib.util.find_spec(name) is not None for name in sys.argv[1:]}
 found["executable"], found["version"] = sys.executable, list(sys.version_info[:3])
 packages = ("site-packages", "dist-packages")
@@ -34,10 +34,15 @@ if found["torch"]:
         found["why_no_gpu"] = f"torch {torch.__version__} finds no CUDA device"
     else:
         found["device"] = torch.cuda.get_device_name()
+        found["capability"] = list(torch.cuda.get_device_capability())
+if found["setuptools"]:
+    found["setuptools_version"] = importlib.metadata.version("setuptools")
 print(json.dumps(found))
 """
 _NEEDED = ("venv", "pip", "setuptools", "pytest", "torch")
 _LEAST_PYTHON = [3, 10]
+_LEAST_CAPABILITY = [8, 0]
+_LEAST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not read without isolation
 HOW = "Name the interpreter that has torch with make gpu PYTHON=/path/to/python."
 
 
@@ -67,6 +72,10 @@ def why_not(found: dict[str, Any]) -> str:
     name = found["executable"]
     if found["why_no_gpu"]:
         return f"{found['why_no_gpu']} ({name}); make gpu needs an NVIDIA GPU. {HOW}"
+    capability = found.get("capability", _LEAST_CAPABILITY)
+    if capability < _LEAST_CAPABILITY:
+        has = ".".join(map(str, capability))
+        return f"{found['device']} has compute capability {has}; make gpu needs 8.0"
     if found["version"] < _LEAST_PYTHON:
         return f"{name} is Python {'.'.join(map(str, found['version']))}; 3.10 is needed. {HOW}"
     missing = [module for module in _NEEDED if not found[module]]
@@ -75,6 +84,9 @@ def why_not(found: dict[str, Any]) -> str:
             f"{name} has no {' and no '.join(missing)}, which building without a network needs. "
             f"Install them for it (on Debian and Ubuntu: python3-venv, python3-pip), or: {HOW}"
         )
+    setuptools = found.get("setuptools_version", str(_LEAST_SETUPTOOLS))
+    if int(setuptools.split(".")[0]) < _LEAST_SETUPTOOLS:
+        return f"{name} has setuptools {setuptools}; {_LEAST_SETUPTOOLS} is needed. {HOW}"
     return ""
 
 

@@ -42,10 +42,14 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = _parser()
     given = vars(parser.parse_args())
-    size, batch = given.pop("size"), given.pop("batch")
-    if size is None:
+    if given["size"] is None:
+        defaults = vars(parser.parse_args(["info"]))
+        of_shapes = [name for name, value in given.items() if value != defaults[name]]
+        if of_shapes:
+            parser.error(f"--{of_shapes[0]} asks about a shape: give --size as well")
         print(report())
         return
+    size, batch = given.pop("size"), given.pop("batch")
     if size < 1 or batch < 1:
         parser.error(f"--size and --batch must be at least 1, got {size} and {batch}")
     given["dtype"] = _DTYPES[given["dtype"]]

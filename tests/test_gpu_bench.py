@@ -71,6 +71,10 @@ def test_what_an_interpreter_lacks_is_said():
     assert "/p has no venv and no pip" in said
     assert "python3-venv" in said
     assert "3.10 is needed" in gpu_environment.why_not(whole | {"version": [3, 9, 0]})
+    assert "77 is needed" in gpu_environment.why_not(whole | {"setuptools_version": "65.5.0"})
+    assert gpu_environment.why_not(whole | {"setuptools_version": "77.0.3"}) == ""
+    old = {"device": "T4", "capability": [7, 5]}
+    assert "T4 has compute capability 7.5" in gpu_environment.why_not(whole | old)
 
 
 def test_the_environment_sees_what_its_interpreter_sees(tmp_path):

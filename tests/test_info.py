@@ -37,6 +37,16 @@ def test_unknown_command_lists_the_known_ones():
     assert "info" in done.stderr
 
 
+def test_a_shape_has_its_own_report_and_its_options_need_it():
+    done = run("-m", "fastdeq", "info", "--size", "64", "--device", "cpu", "--batch", "8")
+    assert done.returncode == 0, done.stderr
+    assert "forward:" in done.stdout
+    for wrong in (["--weight", "symmetric"], ["--batch", "8"], ["--size", "0"]):
+        done = run("-m", "fastdeq", "info", *wrong)
+        assert done.returncode == 2
+        assert "--size" in done.stderr
+
+
 WITHOUT_EXTENSION = """
 import sys
 sys.modules["fastdeq._C"] = None

@@ -222,11 +222,10 @@ void run(CudaSolve& solve, c10::string_view precision) {
   const Launch launch(solve.offset);
   const bool can_loop = has_conditional_nodes() && !is_capturing(launch.stream);
   const bool wanted = wants_ramp(solve, precision, launch.limits), ramp = wanted && can_loop;
-  if (wanted && !ramp && precision == "mixed") {
-    TORCH_WARN_ONCE(
-        "precision='mixed' is solved in float32: a loop with narrow products needs a "
-        "driver for CUDA 12.4 or later, and a stream that is not being captured.");
-  }
+  TORCH_CHECK(ramp || precision != "mixed",
+              "precision='mixed' is not available in the CUDA loop: it needs float32, a driver for "
+              "CUDA 12.4 or later, and a stream that is not being captured. precision='auto' uses "
+              "it where it can be had; backend='triton' has it everywhere.");
   const bool on_device = can_loop && (ramp || !solve.fixed);
   const auto solve_as = [&](auto number) {
     Loop<decltype(number)> loop(solve, launch, on_device, ramp);
