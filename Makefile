@@ -20,14 +20,14 @@ demo: setup
 # The second run has the Triton kernels in Triton's interpreter, which must be chosen at the start.
 test: setup
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only -q --results bench/results/cpu.json
 
 # Tests and measures on a machine with an NVIDIA GPU and no network, with the torch that PYTHON has.
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) bench/gpu/gpu_run.py
 
 lint: setup
 	$(BIN)/ruff check .

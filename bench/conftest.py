@@ -1,16 +1,11 @@
-"""Makes the helpers beside this file importable, and shows or writes the results at the end."""
+"""Shows or writes the results at the end."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-
-# Under every import mode and from every folder.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from record import load, write_json
 from report import Races, report
 from tables import Tables

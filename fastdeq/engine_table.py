@@ -1,9 +1,8 @@
 """The engines for the solve of an affine cell on a GPU: what each can serve, and their order.
 
-There are four, in two backends:
+There are three, in two backends:
 
     persistent   cuda     W stays on the chip; one launch per solve
-    loop         cuda     a loop on the device around the library's product, narrow products
     whole_solve  triton   small d: one launch per solve
     steps        triton   two launches per iteration, narrow products, every solver
 
@@ -31,7 +30,6 @@ CUDA_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
 # H100 at two thirds of their peak, not by measurement.
 PERSISTENT_WORK = 2e8
 _LEAST_CAPABILITY = (8, 0)
-_LOOP_WINDOW = 63  # csrc/cuda/loop.cu
 
 
 class Request(NamedTuple):
@@ -93,14 +91,6 @@ def _no_persistent(request: Request) -> str:
     return why
 
 
-def _no_loop(request: Request) -> str:
-    if request.solver == "anderson" and request.options[0] > _LOOP_WINDOW:
-        return f"its Anderson window is at most {_LOOP_WINDOW}"
-    if request.precision == "mixed" and request.recorded:
-        return "it has no narrow products while it is recorded in a CUDA graph"
-    return _no_cuda(request)
-
-
 def _no_whole_solve(request: Request) -> str:
     if request.precision == "mixed":
         return "it has no narrow products"
@@ -145,7 +135,6 @@ ENGINES = (
         functools.partial(_operator, "persistent"),
         lambda request: request.size**2 * request.batch <= PERSISTENT_WORK,
     ),
-    Engine("loop", "cuda", _no_loop, functools.partial(_operator, "loop")),
     Engine("whole_solve", "triton", _no_whole_solve, functools.partial(_kernels, "whole_solve")),
     Engine("steps", "triton", _no_steps, functools.partial(_kernels, "solve_affine")),
 )

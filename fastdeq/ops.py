@@ -36,7 +36,7 @@ SCHEMAS = {
 }
 # Other forms of the two solves, by the end of their name: the plain PyTorch one, those of a backend
 # asked for, and the engines of csrc/cuda/.
-FORMS = ("_reference", "_triton", "_cuda", "_persistent", "_loop")
+FORMS = ("_reference", "_triton", "_cuda", "_persistent")
 # The two solves return value (B, d), status (B,) int8, iterations (B,) int32, residual (B,) and
 # rejects (B, number of reasons) int32; the forward one also phi' at the value, empty unless asked
 # for, and, of a symmetric weight, bytes that spare its adjoint preparing it again. Their bodies are
@@ -107,14 +107,14 @@ def _triton_anderson_mix(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return anderson_mix(*args)  # type: ignore[no-any-return]
 
 
-if not extension.has_cuda and not triton_missing():
+if not triton_missing():
     torch.library.impl("fastdeq::anderson_mix", "CUDA")(_triton_anderson_mix)
 
 _ANDERSON_MIX: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "auto": torch.ops.fastdeq.anderson_mix,
     "reference": reference.anderson_mix,
     "cpp": torch.ops.fastdeq.anderson_mix,  # the CPU key
-    "cuda": torch.ops.fastdeq.anderson_mix,  # the CUDA key
+    "cuda": torch.ops.fastdeq.anderson_mix,
     "triton": _triton_anderson_mix,
 }
 
@@ -172,5 +172,5 @@ def implementation(backend: str, device: torch.device) -> Callable[..., Any]:
 
 def serving(device_type: str) -> str:
     """Which form of ``anderson_mix`` serves ``backend="auto"`` on a device type."""
-    candidates = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}.get(device_type, ())
+    candidates = {"cpu": ("cpp",), "cuda": ("triton",)}.get(device_type, ())
     return next((b for b in candidates if not why_unavailable(b, device_type)), "reference")

@@ -15,7 +15,7 @@ last sample has stopped find nothing to do. With a fixed number of iterations, a
 graph is captured, it does not look.
 
 The ramp: narrow evaluations read a copy of W in bfloat16, made once. The last evaluation of a
-sample is always exact. For one or two samples of a symmetric W half of it is read instead.
+sample is always exact.
 
 Compared with fastdeq/affine.py and with float64 by Triton's interpreter on a CPU. No GPU has run
 this: the limits below are choices, not measurements.
@@ -36,12 +36,10 @@ from .activations import INDEX
 from .advance import on_device
 from .methods import METHODS, Entry, Method, Problem, why_not
 from .sample import Limits, Samples
-from .triangle import MAX_SAMPLES, parts_of, triangle_step
 
 __all__ = ["METHODS", "Entry", "solve_affine", "solve_affine_adjoint", "why_not"]
 
 NARROW_FROM = 512  # the smallest n for which precision="auto" is "mixed"
-TRIANGLE_FROM = 512  # the smallest n for which half of a symmetric W is read
 LOOK_EVERY = 4  # iterations
 
 
@@ -81,18 +79,14 @@ class _Solve:
     samples: Samples
     activation: int | None
     narrow: Tensor | None  # M in bfloat16, with the ramp
-    parts: Tensor | None  # where half of M is read
 
     def evaluate(
         self, point: Tensor, value: Tensor, residual: Tensor | None = None, *, at_zero: bool = False
     ) -> None:
         samples, activation = self.samples, self.activation
-        if self.parts is None or at_zero:
-            step.affine_step(
-                samples, self.weight, self.narrow, point, value, residual, activation, at_zero
-            )
-        else:
-            triangle_step(samples, self.weight, self.parts, point, value, residual, activation)
+        step.affine_step(
+            samples, self.weight, self.narrow, point, value, residual, activation, at_zero
+        )
 
     def run(self, method: Method, limits: Limits, at_zero: bool) -> None:
         samples = self.samples
@@ -125,16 +119,13 @@ def _prepare(
     activation: int | None,
     solver: str,
     precision: str,
-    symmetric: bool,
     keeps_pre: bool,
 ) -> _Solve:
     if precision not in ("auto", "float32", "mixed"):
         raise RuntimeError(f"precision must be 'auto', 'float32' or 'mixed', got {precision!r}")
     batch, size = offset.shape
     entry = METHODS[solver]
-    # Half of W in float32 is as many bytes as W in bfloat16, and every evaluation is exact.
-    half = symmetric and size >= TRIANGLE_FROM and batch <= MAX_SAMPLES and precision != "mixed"
-    ramp = precision == "mixed" or (precision == "auto" and size >= NARROW_FROM and not half)
+    ramp = precision == "mixed" or (precision == "auto" and size >= NARROW_FROM)
     keeps_pre = keeps_pre or ramp or entry.keeps_pre
     samples = Samples(
         points=offset.new_empty(entry.slots + 1, batch, size),
@@ -148,11 +139,8 @@ def _prepare(
         change=torch.empty_like(offset, dtype=torch.bfloat16) if ramp else None,
     )
     weight = weight.float()
-    if half and weight.stride(1) != 1:
-        weight = weight.t()
     narrow = weight.bfloat16() if ramp else None
-    parts = offset.new_empty(parts_of(batch, size)) if half else None
-    return _Solve(weight, samples, activation, narrow, parts)
+    return _Solve(weight, samples, activation, narrow)
 
 
 def _limits(solver: str, options: Sequence[float], tol: float, max_iter: int) -> Limits:
@@ -177,7 +165,7 @@ def solve_affine(
     """As ``fastdeq.affine.solve_affine``, for what ``why_not`` has no objection to."""
     index = INDEX[activation]
     offset = injection.float().contiguous()
-    solve = _prepare(weight, offset, None, index, solver, precision, symmetric, slope)
+    solve = _prepare(weight, offset, None, index, solver, precision, slope)
     samples, entry = solve.samples, METHODS[solver]
     limits = _limits(solver, solver_options, tol, max_iter)
     start = None if start is None else start.contiguous()
@@ -209,7 +197,7 @@ def solve_affine_adjoint(
     grad = grad.contiguous()
     d = slope.float().contiguous()
     offset = torch.empty_like(grad, dtype=torch.float32)
-    solve = _prepare(weight.t(), offset, d, None, solver, precision, symmetric, False)
+    solve = _prepare(weight.t(), offset, d, None, solver, precision, False)
     samples, entry = solve.samples, METHODS[solver]
     limits = _limits(solver, solver_options, tol, max_iter)
     load.begin(samples, grad=grad, **entry.begin(solver_options))

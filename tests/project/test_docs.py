@@ -1,0 +1,38 @@
+"""The examples of the README and of the page on diagnostics run as printed."""
+
+import re
+import subprocess
+import sys
+
+from paths import ROOT
+
+
+def run(example, folder):
+    """What it prints; a warning is an error."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_diagnostics_example_runs_as_printed(tmp_path):
+    (example,) = examples("docs/diagnostics.md")
+    assert run(example, tmp_path)
+
+
+def test_readme_example_runs_as_printed(tmp_path):
+    (example,) = examples("README.md")
+    assert len(example.splitlines()) <= 12
+    forward, backward = run(example, tmp_path).splitlines()
+    for line in (forward, backward):
+        assert line.startswith("Solution(32 samples: 32 CONVERGED; iterations ")
