@@ -1,0 +1,46 @@
+// Generated from fastdeq/constants.py, where each is explained, by csrc/generate_constants.py.
+
+#pragma once
+
+namespace fastdeq {
+
+constexpr double kResidualEps = 1e-09;
+constexpr int kStatusConverged = 0;
+constexpr int kStatusMaxIter = 1;
+constexpr int kStatusStagnated = 2;
+constexpr int kStatusNonfinite = 3;
+constexpr int kPatience = 50;
+constexpr int kPatienceEnergy = 200;
+constexpr int kPatienceMinres = 20;
+constexpr int kPatienceGmres = 3;
+constexpr double kLeastScale = 1e-30;
+constexpr double kFirstRadius = 0.5;
+constexpr double kLargestRadius = 0.98;
+constexpr int kLearnAfter = 3;
+constexpr int kHalveWithin = 6;
+constexpr double kDropBfloat16 = 400.0;
+constexpr double kDropInt8 = 30.0;
+constexpr double kDropAccelerated = 30.0;
+constexpr int kLongestLowPrecision = 25;
+constexpr double kTargetFraction = 0.97;
+constexpr double kUnknownRate = 0.9;
+constexpr double kSlowestRate = 0.98;
+constexpr double kTrustFactor = 1.5;
+constexpr double kRequiredGain = 0.5;
+constexpr double kMostForcing = 0.7;
+constexpr double kForcingPower = 0.2;
+constexpr double kSufficientDecrease = 0.0001;
+constexpr double kLeastCurvature = 1e-06;
+constexpr double kAssumedCurvature = 0.3;
+constexpr int kNewtonHalvings = 8;
+constexpr int kMostHalvings = 30;
+constexpr double kSmallStep = 0.1;
+constexpr double kRoundingFloor = 16.0;
+constexpr int kFloorHalvings = 3;
+constexpr double kLowPrecisionForcing = 0.01;
+constexpr double kAim = 0.9;
+constexpr double kDrift = 4.0;
+constexpr int kMostVainRestarts = 2;
+constexpr double kExhausted = 10.0;
+
+}  // namespace fastdeq
