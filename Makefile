@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A stale extension left by another configuration must not be picked up: csrc is a prerequisite.
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := fastdeq/constants.py csrc/generate_constants.py \
+	$(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: setup demo test bench gpu lint format docs clean
+.PHONY: setup demo test test-kernels bench gpu lint format docs clean
 
 setup: .venv/.ready
 
@@ -17,10 +18,16 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python examples/digits.py
 
-# The second run has the Triton kernels in Triton's interpreter, which must be chosen at the start.
+# Files are spread over two processes, each with one thread. The second run has the Triton kernels in
+# Triton's interpreter, which must be chosen at the start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+# Compiles the kernels, Triton and CUDA C++, for sm_80 and sm_90, and looks at what they occupy.
+test-kernels: setup
+	$(PYTEST) -m compiled tests/compiled
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only -q --results bench/results/cpu.json

@@ -1,6 +1,6 @@
 """Builds the one extension ``fastdeq._C``. Everything else about the package is in pyproject.toml.
 
-FASTDEQ_NO_EXT=1         install without it; the plain PyTorch forms serve every operation
+FASTDEQ_NO_EXT=1         install without it; plain PyTorch does every operation
 FASTDEQ_ARCH=native      (default) the CPU engine for this machine, and one for any other
 FASTDEQ_ARCH=portable    engines for AVX-512, AVX2 and any other, chosen when fastdeq is loaded
 CUDA sources join when torch has CUDA and nvcc is found.
@@ -11,6 +11,7 @@ What was built, or why not, goes into ``fastdeq/_build.json`` for ``python -m fa
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def extension_arguments() -> dict:
     except ImportError as error:
         sys.exit(f"fastdeq: torch is not importable in the build environment ({error}). {HOW}")
 
+    runpy.run_path(str(ROOT / "csrc" / "generate_constants.py"))["write"]()
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     targets = cpu_targets()
     left_out = {f"csrc/cpu/target_{t}.cpp" for t in ("avx512", "avx2") if t not in targets}

@@ -11,22 +11,23 @@
 // each Cholesky factorisation, is what `ok` says. As G squares the condition number:
 //
 // Wide: float32 input is worked on in float64. The first pass leaves |E| of about eps cond(A)^2,
-// with eps = 2e-16, so two passes serve condition numbers up to about 1e7.
+// with eps = 2e-16, so two passes are enough for condition numbers up to about 1e7.
 //
-// Narrow: the working precision is that of A, for GPUs slow at float64 and for float64 input. There
-// G need not be positive definite, and shifted passes go first (Fukaya et al., SIAM J. Sci. Comput.
-// 42 (2020) A477), two in float32, one in float64. A shift of 4 eps |A|_F^2 turns a condition
-// number c into about 2 c sqrt(eps n) and was enough: with half of it some sums over 600 and more
-// rows were too inexact. The sums are made in parts, which also halves the error of the last pass.
+// Not wide: the working precision is that of A, for GPUs slow at float64 and for float64 input.
+// There G need not be positive definite, and shifted passes go first (Fukaya et al., SIAM J. Sci.
+// Comput. 42 (2020) A477), two in float32, one in float64. A shift of 4 eps |A|_F^2 turns a
+// condition number c into about 2 c sqrt(eps n) and was enough: with half of it some sums over 600
+// and more rows were too inexact. The sums are made in parts, which also halves the error of the
+// last pass.
 //
 // Seen on a CPU, sizes 1 to 1536, condition numbers 1 to 1e6 (to 1e7 up to 512 columns), singular
 // values spread evenly, all large but one, all small but one: the largest |Q^T Q - I|_ij was 8.4e-8
-// in the wide form, the rounding of Q, and 4.6e-7 in the narrow one; in float64, up to condition
+// in the wide way, the rounding of Q, and 4.6e-7 in the other; in float64, up to condition
 // 1e14, 5.8e-15. No case failed. A first-order correction of Q in place of the second Cholesky pass
 // left 1e-6 at condition 1e6; one shifted pass in place of two failed there in float32.
 //
 // Operations, in products of n x n matrices (2 n^3) for m = n: 5/3 a pass (1 for G, 1/6, 1/2), and
-// 1 for each product of R after the first pass. No GPU has run it yet.
+// 1 for each product of R after the first pass.
 
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -16,6 +16,15 @@ namespace fastdeq {{
 
 {lines}
 
+// All of them by their names in Python.
+struct NamedConstant {{
+  const char* name;
+  double value;
+}};
+constexpr NamedConstant kConstants[] = {{
+{table}
+}};
+
 }}  // namespace fastdeq
 """
 
@@ -26,18 +35,23 @@ def constants() -> dict[str, int | float]:
     return {name: value for name, value in found.items() if name.isupper()}
 
 
+def camel(name: str) -> str:
+    """``RESIDUAL_EPS`` is ``kResidualEps`` in C++."""
+    return "k" + "".join(part.capitalize() for part in name.split("_"))
+
+
 def header() -> str:
-    """The text of the header: ``RESIDUAL_EPS`` becomes ``kResidualEps``."""
-    lines = []
+    """The text of the header."""
+    lines, table = [], []
     for name, value in constants().items():
         kind = "int" if isinstance(value, int) else "double"
-        camel = "".join(part.capitalize() for part in name.split("_"))
-        lines.append(f"constexpr {kind} k{camel} = {value!r};")
-    return _TEXT.format(lines="\n".join(lines))
+        lines.append(f"constexpr {kind} {camel(name)} = {value!r};")
+        table.append(f'    {{"{name}", {camel(name)}}},')
+    return _TEXT.format(lines="\n".join(lines), table="\n".join(table))
 
 
 def write() -> None:
-    """Writes the header where it is not up to date, so that a build finds it unchanged otherwise."""
+    """Writes the header only where it is not up to date, so that a build finds it unchanged."""
     text = header()
     if not HEADER.is_file() or HEADER.read_text() != text:
         HEADER.write_text(text)

@@ -1,5 +1,5 @@
 // The extension module. Operators register themselves with the dispatcher when it is loaded; what
-// is bound here is information: on the build, and on what a GPU engine could serve.
+// is bound here is information: on the build, and on what a GPU engine supports.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,7 +15,7 @@ namespace {
 
 std::string describe_engine() {
   std::string text = fastdeq::engine().name;
-  if (fastdeq::has_ramp()) text += " with 8-bit and bfloat16 products";
+  if (fastdeq::has_low_precision()) text += " with 8-bit and bfloat16 products";
   text += "; compiled in:";
 #if defined(FASTDEQ_HAS_AVX512)
   text += " avx512";
@@ -31,7 +31,7 @@ std::map<std::string, std::string> build_info() {
       {"cuda", FASTDEQ_WITH_CUDA ? "yes" : "no"},
       {"torch", TORCH_VERSION},
       {"engine", describe_engine()},
-      {"ramp", fastdeq::has_ramp() ? "yes" : "no"},
+      {"low_precision", fastdeq::has_low_precision() ? "yes" : "no"},
 #if defined(_OPENMP)
       {"threads", "OpenMP"},
 #else
@@ -47,6 +47,12 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
+std::map<std::string, double> constants() {
+  std::map<std::string, double> values;
+  for (const auto& [name, value] : fastdeq::kConstants) values[name] = value;
+  return values;
+}
+
 // Why a solve does not fit a device of which so much is known; empty where it does.
 std::string why_not_persistent(int64_t size, int64_t batch, int element_bytes, int window,
                                int multiprocessors, int64_t shared_bytes) {
@@ -55,8 +61,7 @@ std::string why_not_persistent(int64_t size, int64_t batch, int element_bytes, i
   problem.batch = batch;
   problem.element_bytes = element_bytes;
   problem.window = window;
-  problem.sample_bytes = int(element_bytes == 8 ? sizeof(fastdeq::cuda::TileSample<double>)
-                                                : sizeof(fastdeq::cuda::TileSample<float>));
+  problem.sample_bytes = int(sizeof(fastdeq::cuda::TileSample));
   return fastdeq::cuda::plan_persistent(problem, {multiprocessors, shared_bytes}).reason;
 }
 
@@ -65,6 +70,7 @@ std::string why_not_persistent(int64_t size, int64_t batch, int element_bytes, i
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of fastdeq.";
   m.def("build_info", &build_info, "How the extension was built.");
+  m.def("constants", &constants, "The numbers of fastdeq/constants.py, as compiled.");
   m.def("why_not_persistent", &why_not_persistent,
         "Why the persistent CUDA engine cannot hold a solve; empty where it can.");
 }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
+from .errors import BackendError
 from .functional import fixed_point
 from .layer import DEQLayer
-from .ops import BackendError
-from .parametrizations import OrthogonalMap, SymmetricMap
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
-from .weights import Dense, Orthogonal, Symmetric
+from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 __version__ = "0.1.0"
 

@@ -1,13 +1,17 @@
-"""``python -m fastdeq info``."""
+"""The command line, ``python -m fastdeq info``: options, and the question about a shape."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
-from .info import report
-from .info_shape import report_shape
+from . import __version__
+from .backends.report import engines_for, gpu_asked_about, report
+from .cells import AffineCell
+from .options import Options
+from .solvers import SolveOptions, resolve
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -23,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info", help="which backends are in use, and why one is not; with --size, for one shape"
     )
-    info.add_argument("--size", type=int, help="features of an AffineCell: print who solves it")
+    info.add_argument("--size", type=int, help="features of an AffineCell: print its engine")
     info.add_argument("--batch", type=int, default=256, help="samples (default 256)")
     info.add_argument("--dtype", choices=_DTYPES, default="float32")
     info.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -39,6 +43,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def report_shape(
+    size: int,
+    batch: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
+    capability: tuple[int, int] | None = None,
+    weight: str = "dense",
+    activation: str = "tanh",
+    scale: float = 0.9,
+    precision: str = "auto",
+    **solvers: Any,
+) -> str:
+    """The choice for the forward and the adjoint solve of ``AffineCell(..., size)`` on ``batch``
+    samples; ``solvers`` are "solver" and "adjoint" of a layer.
+
+    Raises:
+        ValueError: options that do not exist, or a capability of which nothing is known.
+    """
+    options = Options.checked("info", {}, precision=precision, **solvers)
+    cell = AffineCell(1, min(size, 2), activation=activation, weight=weight, scale=scale)
+    gpu, note = gpu_asked_about(device, capability)
+    lines = [
+        f"AffineCell(..., {size}, activation={activation!r}, weight={weight!r}, scale={scale:g}), "
+        f"{batch} samples, {str(dtype).removeprefix('torch.')}, on {device}{note}"
+    ]
+    for what, given in (("forward", options.solver), ("adjoint", options.adjoint)):
+        solver = resolve(given, cell.structure(), options.tol, adjoint=what == "adjoint")
+        how = SolveOptions.of(
+            solver, tol=options.tol, max_iter=options.max_iter, precision=precision
+        )
+        first, *others = engines_for(device, size, batch, dtype, how, gpu)
+        lines += ["", f"{what}: {solver}", f"  {first}", *others]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = _parser()
     given = vars(parser.parse_args())
@@ -47,7 +87,7 @@ def main() -> None:
         of_shapes = [name for name, value in given.items() if value != defaults[name]]
         if of_shapes:
             parser.error(f"--{of_shapes[0]} asks about a shape: give --size as well")
-        print(report())
+        print(report(__version__))
         return
     size, batch = given.pop("size"), given.pop("batch")
     if size < 1 or batch < 1:

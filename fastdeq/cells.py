@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activation
-from .choices import check_choice, check_options
+from .errors import check_choice, check_options
 from .solvers import Structure
 from .weights import TAGS, WEIGHTS, Symmetric, make_weight
 
@@ -59,7 +59,7 @@ class AffineCell(nn.Module):
         self.activation = activation
         self.weight = make_weight(weight, features, scale, device, dtype)
         self.injection = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
-        self._believed: int | None = None  # the id of the weight whose tags were looked at
+        self._checked_weight: int | None = None  # the id of the weight whose tags were looked at
 
     @property
     def phi(self) -> Activation:
@@ -84,7 +84,7 @@ class AffineCell(nn.Module):
                 f"{type(self.weight).__name__} returned a weight of shape {tuple(weight.shape)}; "
                 f"AffineCell(features={self.features}) needs ({self.features}, {self.features})."
             )
-        if self._believed != id(self.weight) and not torch.compiler.is_compiling():
+        if self._checked_weight != id(self.weight) and not torch.compiler.is_compiling():
             self._check_tags(weight.detach())
         checked: Tensor = weight
         return checked
@@ -95,7 +95,7 @@ class AffineCell(nn.Module):
             if not weight.isfinite().all():
                 return  # not to be judged yet
             self._check_symmetry(weight)
-        self._believed = id(self.weight)
+        self._checked_weight = id(self.weight)
 
     def _check_symmetry(self, weight: Tensor) -> None:
         apart = float((weight - weight.t()).abs().amax() / weight.abs().amax().clamp(min=1e-30))
@@ -135,10 +135,10 @@ class AffineCell(nn.Module):
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
         tags, norm_bound = _stated(self.weight)
         contraction = None if norm_bound is None else norm_bound * self.phi.lipschitz
-        exact = type(self.weight) is Symmetric and "symmetric" in tags
+        bitwise_symmetric = type(self.weight) is Symmetric and "symmetric" in tags
         if self.phi.monotone:
             tags = tags | {"monotone"}
-        return Structure(contraction, tags, affine=True, exact=exact)
+        return Structure(contraction, tags, affine=True, bitwise_symmetric=bitwise_symmetric)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step ``f(z, x)``, ``(B, features)``."""

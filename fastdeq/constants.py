@@ -78,7 +78,7 @@ LOW_PRECISION_FORCING = 1e-2
 # MINRES: the part of the tolerance at which the estimate counts as met; how far the true residual
 # may be from the estimate; restarts in a row that do not halve the residual; and, in units of the
 # machine epsilon, the length below which the Krylov space is exhausted.
-AIM = 0.9
+ESTIMATE_FRACTION = 0.9
 DRIFT = 4.0
 MOST_VAIN_RESTARTS = 2
-EXHAUSTED = 10.0
+KRYLOV_FLOOR = 10.0

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .cells import AffineCell
-from .functional import solve_affine, solve_map
 from .options import Options
 from .solution import Solution, Status, handle_failure
+from .solve.affine import solve_affine
+from .solve.general import solve_map
+from .solve.spec import Specs
 from .solvers import Solver, Structure
 from .solvers.picard import CERTIFIED
 
@@ -40,8 +42,8 @@ class DEQLayer(nn.Module):
             faster, on a GPU bfloat16 ones from 512 features on; "float32": none; "mixed": at any
             size, or an error. Every reported residual, and every iterate returned, is verified by a
             float32 product.
-        backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one form of the
-            fused operations.
+        backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one implementation of
+            the fused operations.
         on_failure: when samples do not converge: "warn" (once per layer for each direction),
             "raise" (``ConvergenceError``) or "ignore". Not looked at inside ``torch.compile``.
 
@@ -53,8 +55,10 @@ class DEQLayer(nn.Module):
 
     Raises:
         TypeError, ValueError: options or input that do not fit, with what does.
-        BackendError: a backend that cannot serve the input's device.
+        BackendError: a backend or precision that cannot be had for the input.
     """
+
+    _specs: Specs | None = None
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class DEQLayer(nn.Module):
         """The equilibrium for x; further arguments go to the cell after x.
 
         A sample of a tensor x that is not finite ends NONFINITE: it returns zeros, gets and
-        gives a zero gradient, and its batch mates are solved as if it were absent.
+        gives a zero gradient, and the other samples are solved as if it were absent.
 
         Args:
             x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
@@ -123,8 +127,7 @@ class DEQLayer(nn.Module):
             z, solution = solve_map(
                 lambda state: self.cell(state, x, *context),
                 start,
-                self.options,
-                self._structure(),
+                self._specs_for(self._structure()),
                 self._receive_adjoint,
             )
         if bad is not None:
@@ -145,8 +148,7 @@ class DEQLayer(nn.Module):
             injection,
             start,
             cell.activation,
-            self.options,
-            cell.structure(),
+            self._specs_for(cell.structure()),
             self._receive_adjoint,
         )
 
@@ -158,6 +160,15 @@ class DEQLayer(nn.Module):
             return Structure()
         structure: Structure = self.cell.structure()
         return dataclasses.replace(structure, affine=False)  # not solved as one here
+
+    def _specs_for(self, structure: Structure) -> Specs:
+        """How to solve a map of ``structure``: made once, for as long as cell and options stay."""
+        if torch.compiler.is_compiling():
+            return Specs(self.options, structure)
+        found = self._specs
+        if found is None or found.options is not self.options or found.structure != structure:
+            found = self._specs = Specs(self.options, structure)
+        return found
 
     def _start(self, x: Any) -> Any:
         if hasattr(self.cell, "initial_state"):
@@ -183,6 +194,7 @@ class DEQLayer(nn.Module):
         """Copies and pickles start without the record of past solves."""
         state = self.__dict__.copy()
         state |= {"last_solution": None, "last_adjoint_solution": None, "_warned": set()}
+        state.pop("_specs", None)
         return state
 
     def extra_repr(self) -> str:

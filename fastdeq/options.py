@@ -7,13 +7,13 @@ import math
 import numbers
 from dataclasses import dataclass, field
 
-from .choices import check_choice, check_options
-from .ops import BACKENDS
+from .backends.choose import BACKENDS
+from .errors import check_choice, check_options
 from .solution import ON_FAILURE
 from .solvers import SOLVERS, Solver, named
+from .solvers.solve_options import PRECISIONS
 
 GRADIENTS = ("implicit", "one_step")
-PRECISIONS = ("auto", "float32", "mixed")
 
 
 @dataclass(frozen=True)

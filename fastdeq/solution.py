@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .streams import is_capturing
+from . import constants
+from .cuda_stream import is_capturing
 
 
 class Status(enum.IntEnum):
     """Outcome of the solve for one sample; compares with the integers in ``Solution.status``."""
 
-    CONVERGED = 0  #: the relative residual reached the tolerance
-    MAX_ITER = 1  #: the iteration limit came first
-    STAGNATED = 2  #: the residual stopped improving, e.g. at the rounding floor
-    NONFINITE = 3  #: the cell returned NaN or infinity for this sample
+    CONVERGED = constants.STATUS_CONVERGED  #: the relative residual reached the tolerance
+    MAX_ITER = constants.STATUS_MAX_ITER  #: the iteration limit came first
+    STAGNATED = (
+        constants.STATUS_STAGNATED
+    )  #: the residual stopped improving, e.g. at the rounding floor
+    NONFINITE = constants.STATUS_NONFINITE  #: the cell returned NaN or infinity for this sample
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +78,9 @@ class Solution:
         size = torch.linalg.vector_norm(self.value.flatten(1).to(self.residual.dtype), dim=1)
         # |r| <= residual (|f(z)| + 1e-9) and |f(z)| <= |z| + |r|.
         left = 1 - self.residual
-        length = torch.where(left > 0, self.residual * (size + 1e-9) / left, torch.inf)
+        length = torch.where(
+            left > 0, self.residual * (size + constants.RESIDUAL_EPS) / left, torch.inf
+        )
         bound: Tensor = (length + 8 * eps * size) / (1 - s)
         return bound
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .choices import check_choice
+from .errors import check_choice
 
 
 def variance(weight: str, scale: float) -> float:

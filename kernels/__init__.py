@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operator: jit kernel first, then its launcher."""
+"""Triton kernels: engines for whole affine solves (steps/, whole/), anderson_mix, activations."""

@@ -19,8 +19,8 @@ results are the limits, but NaN where the formula has inf times 0, as in PyTorch
 -inf, their slopes at both. Denormal results are not flushed.
 
 Operations per element in float32: about 25 for tanh and sigmoid, one of them a division; 40 for
-softplus. Compared with float64 by Triton's interpreter; tests/gpu/test_activations.py has the
-errors. No GPU has run this.
+softplus. Compared with float64 by Triton's interpreter; tests/kernels/test_activations.py has the
+errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The order of csrc/cpu/activation_names.h.
+# The order of csrc/common/activation_names.h.
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from layer_cases import Residual, affine
 
-from fastdeq import DEQLayer, parametrizations
+from fastdeq import DEQLayer
+from fastdeq.weights import factor_cache
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +35,13 @@ def make_layer(request):
 def count_factorisations(monkeypatch):
     """Counts factorisations made through a cache."""
     calls = []
-    original = parametrizations.factors
+    original = factor_cache.factors
 
     def counted(a, *args):
         calls.append(tuple(a.shape))
         return original(a, *args)
 
-    monkeypatch.setattr(parametrizations, "factors", counted)
+    monkeypatch.setattr(factor_cache, "factors", counted)
     return calls
 
 
@@ -48,3 +49,18 @@ def count_factorisations(monkeypatch):
 def fresh_compiler():
     """torch.compile gives up on a function that it has compiled for too many objects."""
     torch._dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What only a GPU can show is not silently absent."""
+    if torch.cuda.is_available():
+        return
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
+    skipped = sum("CUDA device" in reason for reason in reasons)
+    terminalreporter.section("no GPU here")
+    if skipped:
+        terminalreporter.write_line(f"{skipped} tests of this run need a CUDA device: skipped.")
+    terminalreporter.write_line(
+        "Not run on a GPU: the persistent kernel (here: emulated), the Triton kernels (here: "
+        "interpreted, compiled), their launches, CUDA graphs, every time. `make gpu` runs them."
+    )

@@ -32,7 +32,7 @@ Counts = tuple[float | None, float | None]
 
 
 class Contestant:
-    #: Whether infer() and attached() do the same work, so that one setting serves both.
+    #: Whether infer() and attached() do the same work, so that one setting does for both.
     same_forward = True
 
     def __init__(self, problem: Problem):
@@ -150,7 +150,7 @@ class TorchDEQ(Contestant):
         super().__init__(problem)
         if window:
             solver = _tuned_anderson(window)
-        # simple_fixed_point_iter cannot serve as a backward solver: it calls f(z, tau=...).
+        # simple_fixed_point_iter cannot be a backward solver: it calls f(z, tau=...).
         simple = solver == "simple_fixed_point_iter"
         max_iter = max_iter or problem.spec.max_iter
         options = {
@@ -240,7 +240,7 @@ class TorchDEQSimple(TorchDEQ):
 
 
 def _tuned_anderson(window: int) -> str:
-    """torchdeq's Anderson with the options that serve it best here; the name it is registered by.
+    """torchdeq's Anderson with the options that suit it best here; the name it is registered by.
 
     Its ridge is absolute: the default 1e-4 is above the residual's square at the end of a solve,
     which then takes up to 1.7 times as many iterations on the easy problems, and 5 times on the

@@ -120,11 +120,6 @@ def entries_of(spec: Spec, scaling: bool = False) -> tuple[Entry, ...]:
     return HARD_ENTRIES if spec.hard else EASY_ENTRIES
 
 
-def names_of(kind: str) -> list[str]:
-    """Names in the order of the columns of a table of this kind, "easy" or "hard"."""
-    return [entry.name for entry in (HARD_ENTRIES if kind == "hard" else EASY_ENTRIES)]
-
-
 def is_reference(name: str) -> bool:
     """Whether it is one of torchdeq's solvers that stop by themselves."""
     return name.startswith("torchdeq-") and name != _SIMPLE.name

@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# As a script it finds what the benchmarks share.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 import torch
 from gpu_calls import profiled
 from gpu_clock import Clock, interleaved
@@ -48,7 +51,7 @@ DRY_SPECS = (
     Spec(12, 8, weight="symmetric", scale=2.0),
     Spec(12, 8, weight="orthogonal"),
 )
-DRY_MARK = "dry run, not a measurement"
+DRY_NOTE = "dry run, not a measurement"
 FORWARD = ", forward"
 SECONDS = 5.0  # of rounds per problem
 LEAST, MOST = 5, 60  # rounds
@@ -110,7 +113,7 @@ def run(session: Session, device: torch.device) -> None:
     """All sections that are not done yet, while time lasts."""
     dry, clock = device.type != "cuda", Clock(device)
     content = session.content
-    content["mark"] = DRY_MARK if dry else ""
+    content["note"] = DRY_NOTE if dry else ""
     content["machine"] = describe(device)
     content["skipped"] = []
     if "ceilings" not in content:

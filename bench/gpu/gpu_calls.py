@@ -29,7 +29,7 @@ LAUNCHES = frozenset(
         *("cudaGraphLaunch", "cuGraphLaunch"),
     }
 )
-# What the caching allocator could not serve; cudaFree waits for the device.
+# What the caching allocator had to ask the driver for; cudaFree waits for the device.
 ALLOCATIONS = frozenset(
     {"cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaHostAlloc", "cudaFreeHost"}
 )

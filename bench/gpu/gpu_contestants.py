@@ -1,8 +1,8 @@
 """The problems and the contestants of the other benchmarks, on a GPU.
 
-fastdeq takes part as a user has it (``fastdeq-auto``) and once on each engine of
-``fastdeq.engines``, whether the choice would take that engine or not. An engine that cannot serve a
-problem is left out with its own reason.
+fastdeq takes part as a user has it (``fastdeq-auto``) and once on each engine for a GPU, whether
+the choice would take that engine or not. An engine that cannot solve a problem is left out with its
+own reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from problems import Problem, Spec
 from torch import Tensor
 from verify import NotReachedError
 
-from fastdeq import ConvergenceError, Neumann, Picard, engines
+from fastdeq import ConvergenceError, Neumann, Picard
+from fastdeq.backends import choose
 
 CERTIFIED = {
     "solver": Picard(fixed_iterations="certified"),
@@ -32,6 +33,9 @@ CERTIFIED = {
 #: float64 arithmetic does it, a hundred times faster.
 _CHECK_ON_CPU = 2**31
 _REACH = 4  # as in problems.py: how many tolerances slopes may be taken away from the state
+
+#: The engines of which each takes part by itself.
+GPU_ENGINES = tuple(e for e in choose.ENGINES if e.backend in ("cuda", "triton"))
 
 Build = Callable[[Problem, float, float], Contestant]
 
@@ -72,21 +76,19 @@ class DeviceProblem(Problem):
 
 
 @contextlib.contextmanager
-def _only(engine: engines.Engine) -> Iterator[None]:
-    before = engines.ENGINES
-    engines.ENGINES = (engine,)
+def _only(engine: choose.Engine) -> Iterator[None]:
+    before = choose.ENGINES
+    choose.ENGINES = (engine,)
     try:
         yield
     finally:
-        engines.ENGINES = before
+        choose.ENGINES = before
 
 
 class OnEngine(FastDEQ):
     """fastdeq with no engine to choose but one."""
 
-    def __init__(
-        self, problem: Problem, f_setting: float, b_setting: float, engine: engines.Engine
-    ):
+    def __init__(self, problem: Problem, f_setting: float, b_setting: float, engine: choose.Engine):
         super().__init__(problem, f_setting, b_setting, backend=engine.backend)
         self.engine = engine
 
@@ -167,7 +169,7 @@ _COMPILED = Contender(
 
 def contenders(compiled: bool) -> tuple[Contender, ...]:
     """Everybody; ``compiled`` lets the loop that torch.compile compiles take part."""
-    engine_names = [(f"fastdeq-{e.backend}-{e.name}", e) for e in engines.ENGINES]
+    engine_names = [(f"fastdeq-{e.backend}-{e.name}", e) for e in GPU_ENGINES]
     certified = {"settings": (1.0,), "weights": ("orthogonal",)}  # the count is the tolerance's
     return (
         Contender("fastdeq-auto", FastDEQ),
@@ -243,18 +245,9 @@ def _judged(contestant: Contestant, problem: DeviceProblem) -> dict[str, Any]:
 
 
 def _described(contestant: Contestant) -> dict[str, Any]:
-    """Engines that served one forward and backward pass, iterations, and products per sample."""
-    taken: list[str] = []
-    choose = engines.choose
-
-    def watched(*args: Any) -> engines.Engine | None:
-        found = choose(*args)
-        taken.append("reference" if found is None else f"{found.backend} {found.name}")
-        return found
-
-    engines.choose = watched
-    try:
-        products = contestant.count_products()
-    finally:
-        engines.choose = choose
+    """Engines of one forward and backward pass, iterations, and products per sample."""
+    products, taken = contestant.count_products(), []
+    if isinstance(contestant, FastDEQ):
+        specs = contestant.layer._specs
+        taken += [*specs.forward.engines_chosen[-1:], *specs.adjoint.engines_chosen[-1:]]
     return {"engines": taken, "iterations": contestant.iterations, "products": products}

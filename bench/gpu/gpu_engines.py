@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from contestants import FastDEQ
 from gpu_clock import Clock
-from gpu_contestants import DeviceProblem
+from gpu_contestants import GPU_ENGINES, DeviceProblem
 from gpu_floor import Ceilings, forward_floor
 
-from fastdeq import affine, engines
-from fastdeq.solvers import choose
+from fastdeq.solvers import SolveOptions, resolve
 
-ONE_LAUNCH = ("persistent", "whole_solve")
+ONE_LAUNCH = ("persistent", "whole")
 _CALLS = 20
 
 
@@ -31,7 +30,7 @@ def engine_times(
     settled: set[str],
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
-    """By engine, and for the plain PyTorch form: milliseconds and floors.
+    """By engine, and for the reference: milliseconds and floors.
 
     Engines whose contestant is not among ``settled`` are left out: they gave no right answer.
     ``announce`` is told the contestant whose turn it is.
@@ -40,20 +39,19 @@ def engine_times(
         layer = FastDEQ(problem, problem.spec.tol, problem.spec.tol).layer
     with torch.no_grad():
         weight, c = layer.cell.recurrent_weight(), layer.cell.injection(problem.x)
-    solver = choose("auto", layer.cell.structure(), problem.spec.tol, adjoint=False)
-    arguments = (
-        *(weight.detach(), c, None, problem.spec.activation, *affine.encode(solver)),
-        *(problem.spec.tol, layer.options.max_iter),
-    )
-    forms: dict[str, Any] = {"fastdeq-reference": affine.BODIES.get}
-    forms |= {f"fastdeq-{e.backend}-{e.name}": e.forms for e in engines.ENGINES}
+    tol, structure = problem.spec.tol, layer.cell.structure()
+    solver = resolve("auto", structure, tol, adjoint=False)
+    how = SolveOptions.of(solver, tol=tol, max_iter=layer.options.max_iter).arguments
+    tensors = (weight.detach(), c, None, problem.spec.activation, False, False)
+    engines = {"fastdeq-reference": "reference"}
+    engines |= {f"fastdeq-{e.backend}-{e.name}": e.name for e in GPU_ENGINES}
     times = {}
-    for contestant in filter(settled.__contains__, forms):
+    for contestant in filter(settled.__contains__, engines):
         announce(contestant)
-        name = contestant.split("-")[-1]
+        name = engines[contestant]
         try:
-            form = forms[contestant]("solve_affine")
-            times[name] = _timed(name, partial(form, *arguments), problem, clock, ceilings)
+            solve = partial(torch.ops.fastdeq.solve_affine.default, *tensors, name, *how)
+            times[name] = _timed(name, solve, problem, clock, ceilings)
         except Exception as error:  # an engine's failure is a result
             times[name] = {"left_out": clock.survived(error)}
     return times
@@ -61,7 +59,7 @@ def engine_times(
 
 def _timed(
     name: str,
-    solve: Callable[[], affine.Outputs],
+    solve: Callable[[], tuple[torch.Tensor, ...]],
     problem: DeviceProblem,
     clock: Clock,
     ceilings: Ceilings,

@@ -17,8 +17,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-COMMON = Path(__file__).resolve().parents[1] / "common"  # what the benchmarks share
-
 # Run by the interpreter that was named.
 _PROBE = """
 import importlib.metadata, importlib.util, json, sys
@@ -120,4 +118,4 @@ def install_command(python: Path) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """For the programs that are run: not under Triton's interpreter, output as it comes."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(COMMON), **more}
+    return {**kept, "PYTHONUNBUFFERED": "1", **more}

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# As a script it finds what the benchmarks share.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 from report import table
 
 Content = dict[str, Any]
@@ -31,10 +34,10 @@ _CALLS = (
 
 def lines(content: Content) -> Iterator[str]:
     """The whole report."""
-    mark = content.get("mark")
+    note = content.get("note")
     yield from _machine(content)
-    if mark:
-        yield f"*** {mark} ***"
+    if note:
+        yield f"*** {note} ***"
     problems: dict[str, Any] = content["problems"]
     sections = (
         ("left out", _left_out(content)),
@@ -48,8 +51,8 @@ def lines(content: Content) -> Iterator[str]:
         if body:
             yield from ("", f"--- {title} ---", *body)
     yield from _ratios(problems)
-    if mark:
-        yield f"*** {mark} ***"
+    if note:
+        yield f"*** {note} ***"
 
 
 def _machine(content: Content) -> Iterator[str]:

@@ -182,7 +182,7 @@ class Command:
         named = self.work / file_name(content["machine"]["device"])
         results.write_text(json.dumps(content, indent=1) + "\n")
         shutil.copy(results, named)
-        if not content["mark"]:
+        if not content["note"]:
             kept = ROOT / "bench" / "results" / named.name
             kept.parent.mkdir(exist_ok=True)
             shutil.copy(named, kept)

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python bench/gpu/gpu_smallest.py
     compute-sanitizer --tool racecheck python bench/gpu/gpu_smallest.py --engine persistent
 
-Sizes lie around the edges of tiles. Answers are compared with the plain PyTorch form on the CPU, so
+Sizes lie around the edges of tiles. Answers are compared with the reference on the CPU, so
 that a run that computes nothing is noticed. Exit status: 0, 1 for a wrong answer, 4 where no engine
 ran.
 """
@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeq import Anderson, Picard, affine, engines, gpus
+from fastdeq import Anderson, Picard
+from fastdeq.backends import choose
+from fastdeq.backends.device import gpu_of
+from fastdeq.solvers import SolveOptions
 
 SHAPES = ((1, 1), (17, 3), (64, 33), (130, 70))  # d, B
 TOL = 1e-5
@@ -35,11 +38,11 @@ def _inputs(d: int, batch: int) -> dict[str, Tensor]:
     return {"weight": weight, "c": torch.randn(batch, d), "grad": torch.randn(batch, d)}
 
 
-def _why_not(engine: engines.Engine, d: int, batch: int, solver: Any, at: torch.device) -> str:
-    options = tuple(affine.encode(solver)[1])
-    request = engines.Request(at.type, torch.float32, d, batch, solver.name, options)
+def _why_not(engine: choose.Engine, d: int, batch: int, solver: Any, at: torch.device) -> str:
+    options = SolveOptions.of(solver, tol=TOL, max_iter=100)
+    request = choose.Request(at.type, torch.float32, d, batch, options, engine.backend, gpu_of(at))
     try:
-        return engine.why_not(request._replace(gpu=gpus.gpu_of(at)))
+        return engine.why_not(request)
     except (ImportError, AttributeError) as error:
         return f"it is not there: {error}"
 
@@ -49,19 +52,22 @@ def _far(found: Tensor, expected: Tensor) -> float:
     return float(distance.nan_to_num(nan=torch.inf))
 
 
-def _solves(engine: engines.Engine, d: int, batch: int, solver: Any, device: str) -> float:
+def _solves(engine: str, d: int, batch: int, solver: Any, device: str) -> float:
     """The larger relative error of a forward solve and its adjoint."""
     inputs = _inputs(d, batch)
     there = {name: t.to(device) for name, t in inputs.items()}
-    how = (*affine.encode(solver), TOL, 100, "auto")
-    expected = affine.solve_affine(inputs["weight"], inputs["c"], None, "tanh", *how, True)
-    forward, adjoint = (engine.forms(n) for n in ("solve_affine", "solve_affine_adjoint"))
-    z, *_, slope, _ = forward(there["weight"], there["c"], None, "tanh", *how, True)
-    q = adjoint(there["weight"], slope, there["grad"], *how)[0]
-    q_expected = affine.solve_affine_adjoint(inputs["weight"], expected[-2], inputs["grad"], *how)[
-        0
-    ]
-    return max(_far(z, expected[0]), _far(q, q_expected))
+    how = SolveOptions.of(solver, tol=TOL, max_iter=100).arguments
+
+    def solve(tensors: dict[str, Tensor], engine: str) -> tuple[Tensor, Tensor]:
+        weight, ops = tensors["weight"], torch.ops.fastdeq
+        z, *_, slope, _ = ops.solve_affine(
+            weight, tensors["c"], None, "tanh", True, False, engine, *how
+        )
+        q, *_ = ops.solve_affine_adjoint(weight, slope, tensors["grad"], None, False, engine, *how)
+        return z, q
+
+    pairs = zip(solve(there, engine), solve(inputs, "reference"), strict=True)
+    return max(_far(found, expected) for found, expected in pairs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", help="only this one")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
-    chosen = [e for e in engines.ENGINES if options.engine in (None, e.name)]
+    chosen = [e for e in choose.ENGINES if e.backend in ("cuda", "triton")]
+    chosen = [e for e in chosen if options.engine in (None, e.name)]
     ran, wrong = 0, 0
     for engine, (d, batch), solver in itertools.product(chosen, SHAPES, (Picard(), Anderson())):
         what = f"{engine.backend} {engine.name}, {solver.name}, d {d}, B {batch}"
@@ -77,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if reason:
             print(f"{what}: not run, {reason}")
             continue
-        error = _solves(engine, d, batch, solver, options.device)
+        error = _solves(engine.name, d, batch, solver, options.device)
         ran, wrong = ran + 1, wrong + (error > ALLOWED)
         print(f"{what}: {error:.1e}" + (" WRONG" if error > ALLOWED else ""))
     print(f"{ran} ran, {wrong} wrong")

@@ -38,9 +38,55 @@ constexpr double kSmallStep = 0.1;
 constexpr double kRoundingFloor = 16.0;
 constexpr int kFloorHalvings = 3;
 constexpr double kLowPrecisionForcing = 0.01;
-constexpr double kAim = 0.9;
+constexpr double kEstimateFraction = 0.9;
 constexpr double kDrift = 4.0;
 constexpr int kMostVainRestarts = 2;
-constexpr double kExhausted = 10.0;
+constexpr double kKrylovFloor = 10.0;
+
+// All of them by their names in Python.
+struct NamedConstant {
+  const char* name;
+  double value;
+};
+constexpr NamedConstant kConstants[] = {
+    {"RESIDUAL_EPS", kResidualEps},
+    {"STATUS_CONVERGED", kStatusConverged},
+    {"STATUS_MAX_ITER", kStatusMaxIter},
+    {"STATUS_STAGNATED", kStatusStagnated},
+    {"STATUS_NONFINITE", kStatusNonfinite},
+    {"PATIENCE", kPatience},
+    {"PATIENCE_ENERGY", kPatienceEnergy},
+    {"PATIENCE_MINRES", kPatienceMinres},
+    {"PATIENCE_GMRES", kPatienceGmres},
+    {"LEAST_SCALE", kLeastScale},
+    {"FIRST_RADIUS", kFirstRadius},
+    {"LARGEST_RADIUS", kLargestRadius},
+    {"LEARN_AFTER", kLearnAfter},
+    {"HALVE_WITHIN", kHalveWithin},
+    {"DROP_BFLOAT16", kDropBfloat16},
+    {"DROP_INT8", kDropInt8},
+    {"DROP_ACCELERATED", kDropAccelerated},
+    {"LONGEST_LOW_PRECISION", kLongestLowPrecision},
+    {"TARGET_FRACTION", kTargetFraction},
+    {"UNKNOWN_RATE", kUnknownRate},
+    {"SLOWEST_RATE", kSlowestRate},
+    {"TRUST_FACTOR", kTrustFactor},
+    {"REQUIRED_GAIN", kRequiredGain},
+    {"MOST_FORCING", kMostForcing},
+    {"FORCING_POWER", kForcingPower},
+    {"SUFFICIENT_DECREASE", kSufficientDecrease},
+    {"LEAST_CURVATURE", kLeastCurvature},
+    {"ASSUMED_CURVATURE", kAssumedCurvature},
+    {"NEWTON_HALVINGS", kNewtonHalvings},
+    {"MOST_HALVINGS", kMostHalvings},
+    {"SMALL_STEP", kSmallStep},
+    {"ROUNDING_FLOOR", kRoundingFloor},
+    {"FLOOR_HALVINGS", kFloorHalvings},
+    {"LOW_PRECISION_FORCING", kLowPrecisionForcing},
+    {"ESTIMATE_FRACTION", kEstimateFraction},
+    {"DRIFT", kDrift},
+    {"MOST_VAIN_RESTARTS", kMostVainRestarts},
+    {"KRYLOV_FLOOR", kKrylovFloor},
+};
 
 }  // namespace fastdeq

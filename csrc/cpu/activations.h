@@ -11,8 +11,8 @@
 
 #pragma once
 
-#include "activation_names.h"
-#include "vector_special.h"
+#include "common/activation_names.h"
+#include "cpu/vector_special.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {

@@ -1,4 +1,4 @@
-#include "engine.h"
+#include "cpu/engine.h"
 
 #include <ATen/Version.h>
 
@@ -32,7 +32,7 @@ const Engine& engine() {
   return chosen;
 }
 
-bool has_ramp() {
+bool has_low_precision() {
 #if defined(FASTDEQ_HAS_AVX512)
   static const bool has = &engine() == &engine_avx512() && __builtin_cpu_supports("avx512bf16") &&
                           __builtin_cpu_supports("avx512vnni");

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "solve_task.h"
+#include "cpu/solve_task.h"
 
 namespace fastdeq {
 
@@ -11,6 +11,6 @@ namespace fastdeq {
 const Engine& engine();
 
 // Whether that engine has products in bytes and in bfloat16.
-bool has_ramp();
+bool has_low_precision();
 
 }  // namespace fastdeq

@@ -1,9 +1,9 @@
-// What follows a product, per line and panel: pre-activation, value, residual, next difference.
+// What follows a product, per slot and panel: pre-activation, value, residual, next difference.
 //
-//   exact    pre  = product + c, value = phi(pre), adjoint: D pre
-//   narrow   pre += change_scale product; the product does not read the point, so a line without
+//   full   pre  = product + c, value = phi(pre), adjoint: D pre
+//   low    pre += change_scale product; the product does not read the point, so a slot without
 //            history has it replaced by the next one, and value (heavy ball: last) by the change
-//   direction, exact or narrow: value = product, nothing else
+//   direction, full or low: value = product, nothing else
 //   sums = |f(point) - point|^2, |f(point)|^2, of this panel, and the largest entry of the change
 //
 // The product comes from a buffer in the first-level cache; everything else is read and written
@@ -11,9 +11,9 @@
 
 #pragma once
 
-#include "activations.h"
-#include "line.h"
-#include "sums.h"
+#include "cpu/activations.h"
+#include "cpu/slot.h"
+#include "cpu/sums.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -21,59 +21,59 @@ namespace FASTDEQ_TARGET {
 template <typename Activation>
 struct Forward {
   template <typename T>
-  static Vec<T> apply(Vec<T> pre, const Line<T>&, int64_t) {
+  static Vec<T> apply(Vec<T> pre, const Slot<T>&, int64_t) {
     return Activation::template value<T>(pre);
   }
 };
 
 struct Adjoint {
   template <typename T>
-  static Vec<T> apply(Vec<T> pre, const Line<T>& line, int64_t j) {
-    return load(line.slope + j) * pre;
+  static Vec<T> apply(Vec<T> pre, const Slot<T>& slot, int64_t j) {
+    return load(slot.slope + j) * pre;
   }
 };
 
-// For the outputs begin <= j < end of one line; begin is a multiple of a vector.
-template <typename T, typename Map, bool kNarrow>
-void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t begin,
+// For the outputs begin <= j < end of one slot; begin is a multiple of a vector.
+template <typename T, typename Map, bool kLow>
+void epilogue(const SolveTask<T>& task, Slot<T>& slot, const T* product, int64_t begin,
               int64_t end) {
-  const T* base = kNarrow ? line.pre : line.injection;
-  const bool in_place = kNarrow && line.plain, damped = task.damping != 1;
-  const bool heavy = line.mode == Mode::kMomentum;
-  const Vec<T> damping = splat<T>(T(task.damping)), scale = splat<T>(T(line.change_scale));
-  const Vec<T> omega = splat<T>(T(line.omega)), momentum = splat<T>(T(line.omega - 1));
-  if (line.mode == Mode::kDirection) {
+  const T* base = kLow ? slot.pre : slot.injection;
+  const bool in_place = kLow && slot.plain, damped = task.options.damping != 1;
+  const bool heavy = task.options.begins_with_momentum();
+  const Vec<T> damping = splat<T>(T(task.options.damping)), scale = splat<T>(T(slot.change_scale));
+  const Vec<T> omega = splat<T>(T(slot.omega)), momentum = splat<T>(T(slot.omega - 1));
+  if (slot.mode == Mode::kDirection) {
     for (int64_t j = begin; j < end; j += kLanes<T>) {
       const Vec<T> v = load(product + (j - begin));
-      store(line.value + j, kNarrow ? v * scale : v);
+      store(slot.value + j, kLow ? v * scale : v);
     }
     return;
   }
   Vec<T> square_difference = {}, square_value = {}, largest = {};
   for (int64_t j = begin; j < end; j += kLanes<T>) {
     Vec<T> pre = load(product + (j - begin));
-    pre = kNarrow ? pre * scale + load(base + j) : pre + load(base + j);
-    Vec<T> value = Map::template apply<T>(pre, line, j);
+    pre = kLow ? pre * scale + load(base + j) : pre + load(base + j);
+    Vec<T> value = Map::template apply<T>(pre, slot, j);
     if (end - j < kLanes<T>) value = keep_first<T>(value, end - j);
-    const Vec<T> point = load(line.point + j), difference = value - point;
+    const Vec<T> point = load(slot.point + j), difference = value - point;
     square_difference += difference * difference;
     square_value += value * value;
-    store(line.pre + j, pre);
+    store(slot.pre + j, pre);
     if (in_place && heavy) {
-      const Vec<T> change = omega * difference + momentum * load(line.last + j);
+      const Vec<T> change = omega * difference + momentum * load(slot.last + j);
       largest = max(largest, abs(change));
-      store(line.point + j, point + change);
-      store(line.last + j, change);
+      store(slot.point + j, point + change);
+      store(slot.last + j, change);
     } else if (in_place) {
       const Vec<T> change = damped ? damping * difference : difference;
       largest = max(largest, abs(change));
-      store(line.point + j, damped ? point + change : value);
-      store(line.value + j, change);
+      store(slot.point + j, damped ? point + change : value);
+      store(slot.value + j, change);
     } else {
-      store(line.value + j, value);
+      store(slot.value + j, value);
     }
   }
-  double* sums = line.sums + kSums * (begin / kPanel<T>);
+  double* sums = slot.sums + kSums * (begin / kPanel<T>);
   sums[0] = double(sum(square_difference));
   sums[1] = double(sum(square_value));
   if (in_place) {
@@ -84,14 +84,14 @@ void epilogue(const SolveTask<T>& task, Line<T>& line, const T* product, int64_t
 }
 
 template <typename T>
-using Epilogue = void (*)(const SolveTask<T>&, Line<T>&, const T*, int64_t, int64_t);
+using Epilogue = void (*)(const SolveTask<T>&, Slot<T>&, const T*, int64_t, int64_t);
 
-template <typename T, bool kNarrow>
+template <typename T, bool kLow>
 Epilogue<T> epilogue_for(const SolveTask<T>& task) {
-  if (task.slope != nullptr) return &epilogue<T, Adjoint, kNarrow>;
+  if (task.slope != nullptr) return &epilogue<T, Adjoint, kLow>;
   int index = 0;
 #define FASTDEQ_CHOOSE(name, functor) \
-  if (index++ == task.activation) return &epilogue<T, Forward<functor>, kNarrow>;
+  if (index++ == task.activation) return &epilogue<T, Forward<functor>, kLow>;
   FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
 #undef FASTDEQ_CHOOSE
   return nullptr;

@@ -1,9 +1,9 @@
-// One evaluation of several lines: the products, panel by panel, each followed by its epilogue.
+// One evaluation of several slots: the products, panel by panel, each followed by its epilogue.
 
 #pragma once
 
-#include "epilogue.h"
-#include "triangle.h"
+#include "cpu/epilogue.h"
+#include "cpu/triangle.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -11,33 +11,33 @@ namespace FASTDEQ_TARGET {
 template <typename T>
 struct Evaluation {
   const SolveTask<T>& task;
-  Line<T>* const* lines;
-  const void* const* rows;  // of each line, in the form that the kind of product takes
+  Slot<T>* const* slots;
+  const void* const* rows;  // of each slot, in the precision of the products
   int64_t count;
-  Kind kind;
+  Products products;
   Epilogue<T> epilogue;
 };
 
 // `count` rows, at most kRows, times the panel that starts at output j.
 template <typename T>
-void multiply(const SolveTask<T>& task, Kind kind, const void* const* rows, int count, int64_t j,
-              T* product) {
+void multiply(const SolveTask<T>& task, Products products, const void* const* rows, int count,
+              int64_t j, T* product) {
   const int64_t size = task.size;
   const int vectors = vectors_at<T>(j, size);
-  if (kind == Kind::kExact) {
+  if (products == Products::kFull) {
     tile_for<T>(count, vectors)(reinterpret_cast<const T* const*>(rows), task.packed + j * size,
                                 size, product);
     return;
   }
-#if defined(FASTDEQ_RAMP)
+#if defined(FASTDEQ_LOW_PRECISION)
   if constexpr (sizeof(T) == 4) {
-    const bool bytes = kind == Kind::kBytes;
-    const NarrowTile tile =
-        bytes ? narrow_tile_for<true>(count, vectors) : narrow_tile_for<false>(count, vectors);
-    const uint32_t* panel = bytes ? task.packed_bytes + j * ((size + 3) / 4)
-                                  : task.packed_bfloat16 + j * ((size + 1) / 2);
-    tile(reinterpret_cast<const uint32_t* const*>(rows), panel, size, task.byte_scale + j,
-         task.byte_offset + j, product);
+    const bool int8 = products == Products::kInt8;
+    const LowTile tile =
+        int8 ? low_tile_for<true>(count, vectors) : low_tile_for<false>(count, vectors);
+    const uint32_t* panel = int8 ? task.packed_int8 + j * ((size + 3) / 4)
+                                 : task.packed_bfloat16 + j * ((size + 1) / 2);
+    tile(reinterpret_cast<const uint32_t* const*>(rows), panel, size, task.int8_scale + j,
+         task.int8_offset + j, product);
   }
 #endif
 }
@@ -53,9 +53,9 @@ void evaluate_panels(void* context, int64_t first_panel, int64_t last_panel) {
     const int64_t end = size < j + kPanel<T> ? size : j + kPanel<T>;
     for (int64_t i = 0; i < e.count; i += kRows) {
       const int count = int(e.count - i < kRows ? e.count - i : kRows);
-      multiply(e.task, e.kind, e.rows + i, count, j, product);
+      multiply(e.task, e.products, e.rows + i, count, j, product);
       for (int r = 0; r < count; ++r) {
-        e.epilogue(e.task, *e.lines[i + r], product + r * kPanel<T>, j, end);
+        e.epilogue(e.task, *e.slots[i + r], product + r * kPanel<T>, j, end);
       }
     }
   }
@@ -65,7 +65,7 @@ void evaluate_panels(void* context, int64_t first_panel, int64_t last_panel) {
 template <typename T>
 struct TriangleEvaluation {
   const SolveTask<T>& task;
-  Line<T>* const* lines;
+  Slot<T>* const* slots;
   const void* const* rows;
   int64_t count;  // at most kTriangleRows
   Epilogue<T> epilogue;
@@ -107,7 +107,7 @@ void evaluate_triangle(TriangleEvaluation<T> e) {
       }
     }
     for (int64_t j = 0; j < size; j += kPanel<T>) {
-      e.epilogue(e.task, *e.lines[i], product + j, j, size < j + kPanel<T> ? size : j + kPanel<T>);
+      e.epilogue(e.task, *e.slots[i], product + j, j, size < j + kPanel<T> ? size : j + kPanel<T>);
     }
   }
 }

@@ -2,13 +2,13 @@
 
 #pragma once
 
-#include "product.h"
-#include "solve_task.h"
+#include "cpu/product.h"
+#include "cpu/solve_task.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
-#if defined(FASTDEQ_RAMP)
+#if defined(FASTDEQ_LOW_PRECISION)
 
 // Pairs (k, k + 1) of a packed panel of `width` outputs, rounded to bfloat16.
 inline void pack_bfloat16(const float* panel, int64_t width, int64_t size, uint32_t* out) {
@@ -27,8 +27,8 @@ inline void pack_bfloat16(const float* panel, int64_t width, int64_t size, uint3
 }
 
 // Fours (k ... k + 3) of a packed panel, as signed bytes with a scale for each output.
-inline void pack_bytes(const float* panel, int64_t width, int64_t size, uint32_t* out, float* scale,
-                       int32_t* offset) {
+inline void pack_int8(const float* panel, int64_t width, int64_t size, uint32_t* out, float* scale,
+                      int32_t* offset) {
   const __m512i byte = _mm512_set1_epi32(255);
   for (int64_t j = 0; j < width; j += 16) {
     __m512 largest = _mm512_setzero_ps();
@@ -131,11 +131,11 @@ void pack(const SolveTask<T>& task, int64_t first_panel, int64_t last_panel) {
       for (int64_t j = done; j < used; ++j) to[j] = from[j * task.output_stride];
       for (int64_t j = used; j < width; ++j) to[j] = 0;
     }
-#if defined(FASTDEQ_RAMP)
+#if defined(FASTDEQ_LOW_PRECISION)
     if constexpr (sizeof(T) == 4) {
-      if (task.ramp) {
-        pack_bytes(panel, width, size, task.packed_bytes + begin * ((size + 3) / 4),
-                   task.byte_scale + begin, task.byte_offset + begin);
+      if (task.low_precision) {
+        pack_int8(panel, width, size, task.packed_int8 + begin * ((size + 3) / 4),
+                  task.int8_scale + begin, task.int8_offset + begin);
         pack_bfloat16(panel, width, size, task.packed_bfloat16 + begin * ((size + 1) / 2));
       }
     }

@@ -1,21 +1,21 @@
-// A buffer with the packed forms of a weight, which a symmetric one hands from the forward solve to
-// its adjoint. Where what is in it does not fit a task it is packed anew.
+// The layout of a buffer with a packed weight, which the adjoint of a symmetric one has from the
+// forward solve. Where what is in it does not fit a task it is packed anew.
 
 #pragma once
 
-#include "solve_task.h"
+#include "cpu/solve_task.h"
 
 namespace fastdeq {
 
 struct PackedHeader {
-  uint64_t mark;
+  uint64_t magic;
   int64_t size;
   int64_t element;  // bytes
-  int64_t ramp;
+  int64_t low_precision;
   const void* engine;
 };
 
-constexpr uint64_t kPackedMark = 0x6671656474736166;  // "fastdeqf"
+constexpr uint64_t kPackedMagic = 0x6671656474736166;  // "fastdeqf"
 constexpr int64_t kPackedHeader = 64;
 
 // Enough for every engine and dtype, and a function of the size alone, so that a tracer knows it.
@@ -33,21 +33,21 @@ void place_packed(SolveTask<T>& task, std::byte* buffer, int64_t outputs) {
   };
   const int64_t size = task.size;
   task.packed = static_cast<T*>(take(outputs * size * int64_t(sizeof(T))));
-  if (!task.ramp) return;
+  if (!task.low_precision) return;
   task.packed_bfloat16 = static_cast<uint32_t*>(take(outputs * ((size + 1) / 2) * 4));
-  task.packed_bytes = static_cast<uint32_t*>(take(outputs * ((size + 3) / 4) * 4));
-  task.byte_scale = static_cast<float*>(take(outputs * 4));
-  task.byte_offset = static_cast<int32_t*>(take(outputs * 4));
+  task.packed_int8 = static_cast<uint32_t*>(take(outputs * ((size + 3) / 4) * 4));
+  task.int8_scale = static_cast<float*>(take(outputs * 4));
+  task.int8_offset = static_cast<int32_t*>(take(outputs * 4));
 }
 
 template <typename T>
 PackedHeader packed_header(const SolveTask<T>& task, const void* engine) {
-  return {kPackedMark, task.size, int64_t(sizeof(T)), task.ramp, engine};
+  return {kPackedMagic, task.size, int64_t(sizeof(T)), task.low_precision, engine};
 }
 
 inline bool operator==(const PackedHeader& a, const PackedHeader& b) {
-  return a.mark == b.mark && a.size == b.size && a.element == b.element && a.ramp == b.ramp &&
-         a.engine == b.engine;
+  return a.magic == b.magic && a.size == b.size && a.element == b.element &&
+         a.low_precision == b.low_precision && a.engine == b.engine;
 }
 
 }  // namespace fastdeq

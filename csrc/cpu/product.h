@@ -16,7 +16,7 @@
 
 #pragma once
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -75,7 +75,7 @@ void multiply_tile(const T* const* rows, const T* panel, int64_t size, T* out) {
   }
 }
 
-#if defined(FASTDEQ_RAMP)
+#if defined(FASTDEQ_LOW_PRECISION)
 
 template <int R, int V>
 void multiply_tile_bfloat16(const uint32_t* const* rows, const uint32_t* panel, int64_t size,
@@ -119,15 +119,15 @@ void multiply_tile_bfloat16(const uint32_t* const* rows, const uint32_t* panel, 
 
 // sum += four products of unsigned and signed bytes. GCC 12 copies and spills every sum around the
 // intrinsic of this instruction, which halves the rate.
-FASTDEQ_INLINE void add_dot_bytes(__m512i& sum, __m512i z, __m512i w) {
+FASTDEQ_INLINE void add_dot_int8(__m512i& sum, __m512i z, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(z), "v"(w));
 }
 
 // Rows hold unsigned bytes, 128 for zero; the offset of an output takes out what that adds. Exact,
 // but for the last conversion.
 template <int R, int V>
-void multiply_tile_bytes(const uint32_t* const* rows, const uint32_t* panel, int64_t size,
-                         const float* scale, const int32_t* offset, float* out) {
+void multiply_tile_int8(const uint32_t* const* rows, const uint32_t* panel, int64_t size,
+                        const float* scale, const int32_t* offset, float* out) {
   const uint32_t* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = rows[r];
@@ -146,7 +146,7 @@ void multiply_tile_bytes(const uint32_t* const* rows, const uint32_t* panel, int
     for (int r = 0; r < R; ++r) {
       const __m512i z = _mm512_set1_epi32(int(row[r][k]));
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) add_dot_bytes(sum[r][v], z, w[v]);
+      for (int v = 0; v < V; ++v) add_dot_int8(sum[r][v], z, w[v]);
     }
   }
 #pragma GCC unroll 8
@@ -165,9 +165,10 @@ void multiply_tile_bytes(const uint32_t* const* rows, const uint32_t* panel, int
 
 template <typename T>
 using Tile = void (*)(const T* const*, const T*, int64_t, T*);
-// A tile of narrow products: rows, panel, size, scale and offset of the panel's outputs, result.
-using NarrowTile = void (*)(const uint32_t* const*, const uint32_t*, int64_t, const float*,
-                            const int32_t*, float*);
+// A tile of low-precision products: rows, panel, size, scale and offset of the panel's outputs,
+// result.
+using LowTile = void (*)(const uint32_t* const*, const uint32_t*, int64_t, const float*,
+                         const int32_t*, float*);
 
 // The tile for `rows` rows, 1 to kRows, and `vectors` vectors, 1 to kVectors.
 template <typename T, int R = kRows, int V = kVectors>
@@ -181,16 +182,16 @@ Tile<T> tile_for(int rows, int vectors) {
   return &multiply_tile<T, R, V>;
 }
 
-#if defined(FASTDEQ_RAMP)
-template <bool kBytes, int R = kRows, int V = kVectors>
-NarrowTile narrow_tile_for(int rows, int vectors) {
+#if defined(FASTDEQ_LOW_PRECISION)
+template <bool kInt8, int R = kRows, int V = kVectors>
+LowTile low_tile_for(int rows, int vectors) {
   if (rows < R) {
-    if constexpr (R > 1) return narrow_tile_for<kBytes, R - 1, V>(rows, vectors);
+    if constexpr (R > 1) return low_tile_for<kInt8, R - 1, V>(rows, vectors);
   }
   if (vectors < V) {
-    if constexpr (V > 1) return narrow_tile_for<kBytes, R, V - 1>(rows, vectors);
+    if constexpr (V > 1) return low_tile_for<kInt8, R, V - 1>(rows, vectors);
   }
-  if constexpr (kBytes) return &multiply_tile_bytes<R, V>;
+  if constexpr (kInt8) return &multiply_tile_int8<R, V>;
   return &multiply_tile_bfloat16<R, V>;
 }
 #endif

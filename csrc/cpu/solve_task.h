@@ -1,4 +1,4 @@
-// What the operator hands to the engine of an instruction set: one solve of a whole batch.
+// One solve of a whole batch, as the operator gives it to the engine of an instruction set.
 //
 //   forward  z = phi(W z + c)         injection c, activation phi, start z0
 //   adjoint  q = D (g + q W)          injection g, slope D, no activation, start 0
@@ -10,26 +10,11 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
-#include "../anderson.h"
+#include "common/sample.h"
 
 namespace fastdeq {
-
-// As fastdeq.Status.
-enum class Status : int8_t { kConverged = 0, kMaxIter = 1, kStagnated = 2, kNonfinite = 3 };
-
-// The solvers of fastdeq/solvers; kPlain is Picard and Neumann.
-enum class Solver : int8_t { kPlain, kAnderson, kHeavyBall, kEnergy, kMinres };
-
-// Of steps that a solver took back, by reason: Anderson safeguard, weight_cap, rank_cut; energy
-// energy, curvature; MINRES restart.
-constexpr int kMostCounters = 3;
-constexpr int counters_of(Solver solver) {
-  return solver == Solver::kAnderson ? 3
-         : solver == Solver::kEnergy ? 2
-         : solver == Solver::kMinres ? 1
-                                     : 0;
-}
 
 // Calls body(context, begin, end) for parts of 0 <= i < count, on several threads.
 using ParallelFor = void (*)(int64_t count, void* context,
@@ -50,37 +35,24 @@ struct SolveTask {
   const T* start = nullptr;  // null: zeros
   int activation = 0;        // index into activations.h; unused by the adjoint
 
-  double tol = 0;
-  double residual_eps = 0;
-  int64_t max_iter = 0;
-  int64_t patience = 0;
-  bool fixed = false;  // exactly max_iter updates, and no stop test
-  Solver solver = Solver::kPlain;
-  bool momentum = false;        // begins with heavy-ball steps
-  double radius = 0;            // their first guess of the spectral radius
-  int64_t most_directions = 0;  // of conjugate gradients, per step of the energy solver
-  double damping = 1;
-  int64_t window = 0;  // differences kept by Anderson acceleration; 0: plain iteration
-  double safeguard = 0;
-  double accelerate_above = 0;
-  AndersonOptions anderson{};
-  bool ramp = false;  // early iterations in bytes or bfloat16
+  SolveOptions options;
+  bool low_precision = false;  // early evaluations in 8 bits or bfloat16; precision_schedule.h
 
   T* value = nullptr;
-  T* value_slope = nullptr;  // phi'(W z + c) at the value; null: not wanted
+  T* value_slope = nullptr;  // phi'(W z + c) at the value; null: not requested
   int8_t* status = nullptr;
   int32_t* iterations = nullptr;
   T* residual = nullptr;
   int32_t* rejects = nullptr;  // (batch, counters_of(solver))
 
-  int64_t lines = 0;           // samples that a worker holds at once
+  int64_t slots = 0;           // samples that a worker holds at once
   int64_t triangle_parts = 0;  // W is symmetric and read where it lies, in so many parts; 0: packed
-  // W in the order in which the products read it; the narrow ones for the ramp.
+  // W in the order in which the products read it; the last four with `low_precision`.
   T* packed = nullptr;
   uint32_t* packed_bfloat16 = nullptr;
-  uint32_t* packed_bytes = nullptr;
-  float* byte_scale = nullptr;     // of each output
-  int32_t* byte_offset = nullptr;  // of each output: 128 times the sum of its bytes
+  uint32_t* packed_int8 = nullptr;
+  float* int8_scale = nullptr;     // of each output
+  int32_t* int8_offset = nullptr;  // of each output: 128 times the sum of its 8-bit entries
   std::byte* scratch = nullptr;    // scratch_bytes for each worker
   std::atomic<int64_t>* next_sample = nullptr;
   ParallelFor parallel_for = nullptr;  // set where one worker's products are shared among threads

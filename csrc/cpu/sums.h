@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {

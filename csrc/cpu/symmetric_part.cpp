@@ -1,7 +1,7 @@
 // (A + A^T) / 2 in blocks that fit the first-level cache: PyTorch adds a transposed matrix element
 // by element, and takes three times as long at 1024 x 1024 and more.
 //
-// Specification: fastdeq/reference.py.
+// Specification: fastdeq/ops/symmetric_part.py.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

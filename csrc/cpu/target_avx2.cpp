@@ -7,8 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "activation_names.h"
-#include "solve_task.h"
+#include "common/activation_names.h"
+#include "cpu/solve_task.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -18,7 +18,7 @@
 
 #define FASTDEQ_TARGET avx2
 #define FASTDEQ_VECTOR_BYTES 32
-#include "worker.h"
+#include "cpu/worker.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

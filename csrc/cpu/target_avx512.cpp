@@ -1,5 +1,5 @@
-// The engine for AVX-512 (F, BW, DQ, VL), with BF16 and VNNI for the precision ramp; whether the
-// machine has these two is asked at run time.
+// The engine for AVX-512 (F, BW, DQ, VL), with BF16 and VNNI for low-precision products; whether
+// the machine has these two is asked at run time.
 
 #include <immintrin.h>
 
@@ -8,8 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "activation_names.h"
-#include "solve_task.h"
+#include "common/activation_names.h"
+#include "cpu/solve_task.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                     \
@@ -25,8 +25,8 @@
 
 #define FASTDEQ_TARGET avx512
 #define FASTDEQ_VECTOR_BYTES 64
-#define FASTDEQ_RAMP
-#include "worker.h"
+#define FASTDEQ_LOW_PRECISION
+#include "cpu/worker.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

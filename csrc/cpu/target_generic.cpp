@@ -1,16 +1,16 @@
-// The engine for any machine that the compiler's default target serves.
+// The engine for any machine that the compiler's default target supports.
 
 #include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 
-#include "activation_names.h"
-#include "solve_task.h"
+#include "common/activation_names.h"
+#include "cpu/solve_task.h"
 
 #define FASTDEQ_TARGET generic
 #define FASTDEQ_VECTOR_BYTES 16
-#include "worker.h"
+#include "cpu/worker.h"
 
 namespace fastdeq {
 

@@ -8,7 +8,7 @@
 
 #pragma once
 
-#include "line.h"
+#include "cpu/slot.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {

@@ -218,7 +218,7 @@ FASTDEQ_INLINE Vec<double> with_sign_of(Vec<double> sign, Vec<double> magnitude)
 // Float to double, for sums that must not lose digits: the lower and the upper half of the lanes.
 
 #if defined(__x86_64__) && FASTDEQ_VECTOR_BYTES == 64
-// The plain forms of these intrinsics read an undefined register, of which GCC 12 warns.
+// The unmasked versions of these intrinsics read an undefined register, of which GCC 12 warns.
 FASTDEQ_INLINE __m256d lower_256(__m512d v) {
   return _mm512_maskz_extractf64x4_pd(__mmask8(-1), v, 0);
 }

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vector_math.h"
+#include "cpu/vector_math.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {

@@ -1,16 +1,16 @@
-// One worker: takes samples from the common queue into its lines and iterates them until all are
-// done. The state machine of fastdeq/driver.py, per sample; lines that end make room for samples
-// that wait, so every product runs on as many lines as there are.
+// One worker: takes samples from the common queue into its slots and iterates them until all are
+// done. What an evaluation means for its sample is decided in common/sample.h. Slots that end make
+// room for samples that wait, so every product runs on as many slots as there are.
 
 #pragma once
 
-#include "anderson_line.h"
-#include "evaluate.h"
-#include "heavy_ball.h"
-#include "load.h"
-#include "pack.h"
-#include "ramp.h"
-#include "structured.h"
+#include "cpu/anderson_slot.h"
+#include "cpu/begin_end.h"
+#include "cpu/evaluate.h"
+#include "cpu/pack.h"
+#include "cpu/plain_steps.h"
+#include "cpu/rounding.h"
+#include "cpu/symmetric_solvers.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -20,43 +20,44 @@ class Worker {
  public:
   Worker(const SolveTask<T>& task, std::byte* scratch)
       : task_(task),
-        exact_epilogue_(epilogue_for<T, false>(task)),
-        narrow_epilogue_(task.ramp ? epilogue_for<T, true>(task) : nullptr),
-        structured_(task) {
-    lines_ = reinterpret_cast<Line<T>*>(scratch);
-    scratch += align(task.lines * int64_t(sizeof(Line<T>)));
+        options_(task.options),
+        full_epilogue_(epilogue_for<T, false>(task)),
+        low_epilogue_(task.low_precision ? epilogue_for<T, true>(task) : nullptr),
+        symmetric_solver_(task) {
+    slots_ = reinterpret_cast<Slot<T>*>(scratch);
+    scratch += align(task.slots * int64_t(sizeof(Slot<T>)));
     order_ = reinterpret_cast<int32_t*>(scratch);
-    scratch += align(task.lines * int64_t(sizeof(int32_t)));
+    scratch += align(task.slots * int64_t(sizeof(int32_t)));
     rows_ = reinterpret_cast<const void**>(scratch);
-    scratch += align(task.lines * int64_t(sizeof(void*)));
-    chosen_ = reinterpret_cast<Line<T>**>(scratch);
-    scratch += align(task.lines * int64_t(sizeof(void*)));
+    scratch += align(task.slots * int64_t(sizeof(void*)));
+    chosen_ = reinterpret_cast<Slot<T>**>(scratch);
+    scratch += align(task.slots * int64_t(sizeof(void*)));
     small_ = reinterpret_cast<double*>(scratch);
     scratch += small_bytes(task);
     triangle_ = reinterpret_cast<T*>(scratch);
     scratch += triangle_bytes(task);
-    for (int64_t i = 0; i < task.lines; ++i) {
-      place_buffers(task, lines_[i], scratch + i * line_bytes(task));
+    for (int64_t i = 0; i < task.slots; ++i) {
+      place_buffers(task, slots_[i], scratch + i * slot_bytes(task));
       order_[i] = int32_t(i);
     }
   }
 
   void run() {
     for (;;) {
-      while (active_ < task_.lines && load_next()) {
+      while (active_ < task_.slots && load_next()) {
       }
       if (active_ == 0) return;
-      const Kind kind = most_wanted();
-      const int64_t count = partition(kind);
-      evaluate(count, kind);
+      const Products products = most_requested();
+      const int64_t count = partition(products);
+      evaluate(count, products);
       for (int64_t i = count - 1; i >= 0; --i) {
-        if (advance(line(i), kind)) remove(i);
+        if (advance(slot(i), products)) remove(i);
       }
     }
   }
 
  private:
-  Line<T>& line(int64_t i) { return lines_[order_[i]]; }
+  Slot<T>& slot(int64_t i) { return slots_[order_[i]]; }
 
   void remove(int64_t i) {
     --active_;
@@ -65,20 +66,20 @@ class Worker {
     order_[active_] = freed;
   }
 
-  // Products are made for one kind of evaluation at a time, the one that most lines wait for.
-  Kind most_wanted() {
+  // Products are computed for one precision at a time, the one that most slots wait for.
+  Products most_requested() {
     int64_t counts[3] = {};
-    for (int64_t i = 0; i < active_; ++i) ++counts[int(line(i).next)];
+    for (int64_t i = 0; i < active_; ++i) ++counts[int(slot(i).schedule.next)];
     int best = 0;
     for (int kind = 1; kind < 3; ++kind) best = counts[kind] > counts[best] ? kind : best;
-    return Kind(best);
+    return Products(best);
   }
 
-  // Brings the lines that wait for `kind` to the front.
-  int64_t partition(Kind kind) {
+  // Brings the slots that wait for such `products` to the front.
+  int64_t partition(Products products) {
     int64_t count = 0;
     for (int64_t i = 0; i < active_; ++i) {
-      if (line(i).next != kind) continue;
+      if (slot(i).schedule.next != products) continue;
       const int32_t moved = order_[i];
       order_[i] = order_[count];
       order_[count++] = moved;
@@ -86,12 +87,12 @@ class Worker {
     return count;
   }
 
-  // Puts the next sample that is not done at once into the first free line; false if none is left.
+  // Puts the next sample that is not done at once into the first free slot; false if none is left.
   bool load_next() {
     for (;;) {
       const int64_t sample = task_.next_sample->fetch_add(1, std::memory_order_relaxed);
       if (sample >= task_.batch) return false;
-      Line<T>& fresh = line(active_);
+      Slot<T>& fresh = slot(active_);
       if (start(fresh, sample)) {
         ++active_;
         return true;
@@ -100,8 +101,8 @@ class Worker {
   }
 
   // False when the sample is done already.
-  bool start(Line<T>& fresh, int64_t sample) {
-    const bool at_zero = load_sample(task_, fresh, sample);
+  bool start(Slot<T>& fresh, int64_t sample) {
+    const bool at_zero = begin(task_, fresh, sample);
     if (task_.slope != nullptr && !scale_to_unit(task_, fresh)) {
       finish(fresh, Status::kNonfinite);
       return false;
@@ -110,26 +111,25 @@ class Worker {
     // The product of W with zeros is known.
     const T zeros[kPanel<T>] = {};
     for (int64_t j = 0; j < task_.size; j += kPanel<T>) {
-      exact_epilogue_(task_, fresh, zeros, j,
-                      task_.size < j + kPanel<T> ? task_.size : j + kPanel<T>);
+      full_epilogue_(task_, fresh, zeros, j,
+                     task_.size < j + kPanel<T> ? task_.size : j + kPanel<T>);
     }
-    return !advance(fresh, Kind::kExact);
+    return !advance(fresh, Products::kFull);
   }
 
-  // Evaluates the first `count` lines.
-  void evaluate(int64_t count, Kind kind) {
+  // Evaluates the first `count` slots.
+  void evaluate(int64_t count, Products products) {
     for (int64_t i = 0; i < count; ++i) {
-      Line<T>& l = line(i);
+      Slot<T>& l = slot(i);
       chosen_[i] = &l;
-      rows_[i] = kind == Kind::kExact ? static_cast<const void*>(l.point) : l.change;
+      rows_[i] = products == Products::kFull ? static_cast<const void*>(l.point) : l.change;
     }
     if (task_.triangle_parts > 0) {
-      evaluate_triangle<T>({task_, chosen_, rows_, count, exact_epilogue_, triangle_});
+      evaluate_triangle<T>({task_, chosen_, rows_, count, full_epilogue_, triangle_});
       return;
     }
-    Evaluation<T> evaluation{task_, chosen_,
-                             rows_, count,
-                             kind,  kind == Kind::kExact ? exact_epilogue_ : narrow_epilogue_};
+    const auto epilogue = products == Products::kFull ? full_epilogue_ : low_epilogue_;
+    Evaluation<T> evaluation{task_, chosen_, rows_, count, products, epilogue};
     const int64_t all = panels<T>(task_.size);
     if (task_.parallel_for != nullptr) {
       task_.parallel_for(all, &evaluation, &evaluate_panels<T>);
@@ -138,11 +138,11 @@ class Worker {
     }
   }
 
-  // Judges the evaluation just made and takes a step. True when the line is done.
-  bool advance(Line<T>& l, Kind kind) {
+  // Judges the last evaluation and takes a step. True when the slot is done.
+  bool advance(Slot<T>& l, Products products) {
     if (l.mode == Mode::kDirection) {
-      if (l.iterations == task_.max_iter) return finish(l, at_the_limit(l));
-      structured_.direction(l);
+      if (l.iterations == options_.updates()) return finish(l, status_at_the_limit(l, options_));
+      symmetric_solver_.direction(l);
       ++l.iterations;
       return false;
     }
@@ -151,135 +151,108 @@ class Worker {
       square_difference += l.sums[kSums * panel];
       square_value += l.sums[kSums * panel + 1];
     }
-    l.previous_norm = l.norm;
-    l.norm = __builtin_sqrt(square_difference);
-    // Next to infinity every residual would be small.
-    const T relative = __builtin_isfinite(square_value)
-                           ? T(l.norm / (__builtin_sqrt(square_value) + task_.residual_eps))
-                           : T(__builtin_nan(""));
-    const T* at = l.point;
-    const bool exact = kind == Kind::kExact, in_place = !exact && l.plain;
-    if (exact) {
-      if (relative < l.best_residual) {  // false for NaN
-        l.best_residual = relative;
-        l.idle = 0;
-        swap(l.best, l.point);  // at is the best now, and the next point goes elsewhere
-        if (task_.ramp || l.mode >= Mode::kOpen) {  // what comes next goes on from this one
-          copy(task_.size, l.pre, l.best_pre);
-        } else {
-          swap(l.best_pre, l.pre);
-        }
-      } else {
-        if (l.iterations == 0) copy(task_.size, l.pre, l.best_pre);  // best is the start
-        ++l.idle;
-      }
-      const Status limit = at_the_limit(l);
-      if (l.iterations == task_.max_iter || (limit == Status::kConverged && !task_.fixed)) {
-        return finish(l, limit);
-      }
-      if (!step(l, at, double(relative))) return true;
-      if (l.iterations >= task_.patience && l.idle >= task_.patience && !task_.fixed) {
-        return finish(l, Status::kStagnated);
-      }
-    } else {
-      ++l.since_anchor;
-      step_narrow(l, double(relative));
+    const double norm = __builtin_sqrt(square_difference);
+    const double relative = double(T(relative_residual(norm, __builtin_sqrt(square_value))));
+    if (products != Products::kFull) {
+      take_low_step(l, norm, relative);
+      return false;
     }
-    if (task_.ramp && (l.mode == Mode::kSteps || l.mode == Mode::kMomentum)) {
-      l.next = next_kind(task_, l, double(relative));
-      if (in_place && l.next != Kind::kExact) {
-        round_next<T>(task_, l, l.mode == Mode::kMomentum ? l.last : l.value, nullptr,
-                      largest_change(task_, l));
-      } else if (l.next != Kind::kExact) {
-        round_next<T>(task_, l, l.point, at, -1);
+    const T* const at = l.point;
+    return l.mode == Mode::kSteps ? take_step(l, at, norm, relative)
+                                  : take_structured_step(l, at, norm, relative);
+  }
+
+  // After an evaluation in full precision at `at`, which stays where it is.
+  void keep_best(Slot<T>& l, bool improved, bool at_start) {
+    if (improved) {
+      swap(l.best, l.point);  // `at` is the best now, and the next point goes elsewhere
+      if (task_.low_precision || l.mode != Mode::kSteps) {  // what comes next goes on from this one
+        copy(task_.size, l.pre, l.best_pre);
+      } else {
+        swap(l.best_pre, l.pre);
       }
+    } else if (at_start) {
+      copy(task_.size, l.pre, l.best_pre);  // the best is the start
+    }
+  }
+
+  FASTDEQ_INLINE bool take_step(Slot<T>& l, const T* at, double norm, double relative) {
+    const bool at_start = l.iterations == 0;
+    PrecisionSchedule* const schedule = task_.low_precision ? &l.schedule : nullptr;
+    const Decision d = judge(l, options_, norm, relative, schedule);
+    keep_best(l, d.improved, at_start);
+    if (d.step == Step::kMix)
+      anderson_step(task_, l, at, d.count, small_);  // it counts its rejects
+    if (d.stop) return finish(l, d.status);
+    if (d.step == Step::kSwitch) {
+      symmetric_solver_.begin(l);
+      return false;
+    }
+    if (d.step == Step::kPlain) damped_step(task_, l, at);
+    if (d.step == Step::kHeavyBall) heavy_ball_step(task_, l, at, d.omega);
+    if (d.step == Step::kTakeBack) take_back(task_, l);
+    swap(l.point, l.value);
+    if (task_.low_precision) {
+      choose_products(l, options_, relative, l.schedule);
+      if (l.schedule.next != Products::kFull) round_next<T>(task_, l, l.point, at, -1);
+    }
+    return false;
+  }
+
+  // Without a history the epilogue has put the next point in place already, and with it the change
+  // from the one before.
+  FASTDEQ_INLINE void take_low_step(Slot<T>& l, double norm, double relative) {
+    const bool in_place = l.plain;
+    const Decision d = judge_low(l, options_, norm, relative, l.schedule);
+    const T* const at = l.point;
+    if (d.step == Step::kSwitch) {
+      symmetric_solver_.begin(l);
+      return;
+    }
+    if (d.step == Step::kBest) {
+      copy(task_.size, l.best, l.point);
+    } else if (!in_place) {
+      if (d.step == Step::kMix) anderson_step(task_, l, at, d.count, small_);
+      if (d.step == Step::kTakeBack) take_back(task_, l);
+      swap(l.point, l.value);
+    }
+    choose_products(l, options_, relative, l.schedule);
+    if (l.schedule.next == Products::kFull) return;
+    if (in_place) {
+      const T* const change = options_.begins_with_momentum() ? l.last : l.value;
+      round_next<T>(task_, l, change, nullptr, largest_change(task_, l));
+    } else {
+      round_next<T>(task_, l, l.point, at, -1);
+    }
+  }
+
+  bool take_structured_step(Slot<T>& l, const T* at, double norm, double relative) {
+    const Decision d = verify(l, options_, norm, relative);
+    keep_best(l, d.improved, l.iterations == 0);
+    if (d.stop) return finish(l, d.status);
+    const bool retries = l.mode == Mode::kTrial && options_.solver == Solver::kEnergy;
+    if (!__builtin_isfinite(norm) && !retries) return finish(l, status_of_failure(l, options_));
+    if (!symmetric_solver_.step(l, at, relative) || is_stagnated(l, options_)) {
+      return finish(l, Status::kStagnated);
     }
     ++l.iterations;
     return false;
   }
 
-  // The step after a narrow evaluation; without a history the next point is in place already.
-  void step_narrow(Line<T>& l, double relative) {
-    // Nearer to the goal its rounding hides how fast the residual falls.
-    const bool trusted = relative > 1.5 * l.goal;
-    if (!__builtin_isfinite(l.norm) && !l.accelerated) {
-      // Perhaps its rounding is to blame: back to the best point, in full precision.
-      l.narrowest = Kind::kExact;
-      l.count = 0;
-      copy(task_.size, l.best, l.point);
-      l.omega = 1;
-    } else if (l.mode == Mode::kMomentum) {
-      if (learn(l, trusted) && task_.solver != Solver::kHeavyBall) structured_.take_over(l);
-    } else if (!l.plain) {
-      anderson_step(task_, l, l.point, small_);
-      swap(l.point, l.value);
-    } else if (trusted && slow(l)) {
-      l.plain = false;
-      l.goal = __builtin_inf();  // an anchor before the first step with a history
-    }
-  }
-
-  bool slow(const Line<T>& l) const {
-    return task_.window > 0 && !(l.norm <= task_.accelerate_above * l.previous_norm);
-  }
-
-  // The line was evaluated in full precision at `at`, which stays. False when it is done.
-  bool step(Line<T>& l, const T* at, double relative) {
-    const bool after_exact = l.since_anchor == 0, finite = __builtin_isfinite(l.norm);
-    if (l.mode == Mode::kSteps || l.mode == Mode::kMomentum) {
-      if (l.plain && after_exact && slow(l)) l.plain = false;
-      if (task_.ramp) anchor(task_, l, relative);
-      if (l.mode == Mode::kMomentum) {
-        heavy_ball_step(task_, l, at);
-        const bool late = learn(l, after_exact);
-        if ((late || !finite) && task_.solver != Solver::kHeavyBall &&
-            __builtin_isfinite(l.best_residual)) {
-          structured_.take_over(l);
-          return true;
-        }
-      }
-      if (l.plain ? !finite : !anderson_step(task_, l, at, small_)) return fail(l);
-      if (l.mode == Mode::kSteps && l.plain && task_.damping != 1) damp(l, at);
-      swap(l.point, l.value);
-      return true;
-    }
-    if (!finite && (l.mode == Mode::kOpen || task_.solver == Solver::kMinres)) return fail(l);
-    if (structured_.step(l, at, relative)) return true;
-    finish(l, Status::kStagnated);
-    return false;
-  }
-
-  Status at_the_limit(const Line<T>& l) const {
-    return double(l.best_residual) <= task_.tol ? Status::kConverged : Status::kMaxIter;
-  }
-
-  bool fail(Line<T>& l) {
-    const Status limit = at_the_limit(l);  // converged before, where there is no stop test
-    finish(l, limit == Status::kConverged ? limit : Status::kNonfinite);
-    return false;
-  }
-
-  void damp(Line<T>& l, const T* at) {
-    const Vec<T> damping = splat<T>(T(task_.damping));
-    for (int64_t j = 0; j < task_.size; j += kLanes<T>) {
-      const Vec<T> z = load(at + j);
-      store(l.value + j, z + damping * (load(l.value + j) - z));
-    }
-  }
-
-  bool finish(const Line<T>& l, Status status) {
-    unload(task_, l, status);
+  bool finish(const Slot<T>& l, Status status) {
+    end(task_, l, status);
     return true;
   }
 
   const SolveTask<T>& task_;
-  const Epilogue<T> exact_epilogue_, narrow_epilogue_;
-  const Structured<T> structured_;
-  Line<T>* lines_;
-  int32_t* order_;  // the lines, those in use first
+  const SolveOptions& options_;
+  const Epilogue<T> full_epilogue_, low_epilogue_;
+  const SymmetricSolver<T> symmetric_solver_;
+  Slot<T>* slots_;
+  int32_t* order_;  // the slots, those in use first
   int64_t active_ = 0;
-  const void** rows_;  // what the next product multiplies, and the lines it is for
-  Line<T>** chosen_;
+  const void** rows_;  // what the next product multiplies, and the slots it is for
+  Slot<T>** chosen_;
   double* small_;
   T* triangle_;
 };

@@ -9,8 +9,8 @@
 
 #include <cmath>
 
-#include "anderson.h"
-#include "cpu/activation_names.h"
+#include "common/activation_names.h"
+#include "common/solve_options.h"
 
 namespace fastdeq {
 namespace cuda {

@@ -1,5 +1,5 @@
-// What the kernels need of the hardware below the language: shared memory, asynchronous copies, and
-// a barrier for the blocks of a group. Without CUDA, tests/cuda_emulator stands in for all of it.
+// Shared memory, asynchronous copies, the lanes of a warp, and a barrier for the blocks of a group.
+// Without CUDA, tests/cuda_emulator stands in for all of it.
 
 #pragma once
 
@@ -58,6 +58,13 @@ inline unsigned load_acquire(const unsigned* at) {
 }
 
 #endif
+
+// The lanes of a warp, for code that any number of lanes can share.
+struct WarpLanes {
+  __device__ int first() const { return int(threadIdx.x % kWarpLanes); }
+  __device__ int stride() const { return kWarpLanes; }
+  __device__ void sync() const { __syncwarp(); }
+};
 
 // A barrier for the `members` blocks of a group, all of them resident: what a block wrote by __stcg
 // before it, the others read by __ldcg or copy_async after it. `counter` starts at 0 and only

@@ -21,7 +21,6 @@ namespace fastdeq {
 struct DeviceLimits {
   int multiprocessors = 0;
   int shared_per_block = 0;  // bytes, where the kernel asks for more than 48 KiB
-  int shared_per_multiprocessor = 0;
   int major = 0, minor = 0;  // compute capability
   bool cooperative = false;  // launches whose blocks may wait for each other
 };
@@ -36,8 +35,6 @@ inline DeviceLimits query_device_limits(int device) {
   return {
       .multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device),
       .shared_per_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-      .shared_per_multiprocessor =
-          device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
       .major = device_attribute(cudaDevAttrComputeCapabilityMajor, device),
       .minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device),
       .cooperative = device_attribute(cudaDevAttrCooperativeLaunch, device) != 0,
@@ -77,13 +74,6 @@ void raise_shared_limit(Kernel* kernel, size_t bytes, const DeviceLimits& limits
               " bytes of shared memory, this device has ", limits.shared_per_block);
   C10_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
-
-// True while a CUDA graph records the work given to `stream`: then nothing may wait for the device.
-inline bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace fastdeq

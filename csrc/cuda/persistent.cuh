@@ -6,7 +6,7 @@
 // The grid is groups x members. Member j of a group keeps the rows of W for tile_columns outputs in
 // shared memory from the first iteration to the last; the group takes one tile of tile_rows samples
 // after another. Per iteration each member
-//   1. streams the points of the tile through shared memory and makes its part of the product,
+//   1. streams the points of the tile through shared memory and computes its part of the product,
 //   2. makes its part of the value phi(W z + c) and of the sums |f - z|^2, |f|^2 and, for Anderson,
 //      <g_k, g_j> (in double); it writes the sums and, on trust, the next plain, damped or
 //      heavy-ball point of its columns,
@@ -30,12 +30,12 @@
 // cost three more accesses to memory per element and iteration.
 //
 // Compared with the reference solves and float64 on tests/cuda_emulator; compiled for sm_80 and
-// sm_90. No GPU has run it: tile sizes and the plan are choices, not measurements.
+// sm_90. Tile sizes and the plan are choices, not measurements.
 
 #pragma once
 
-#include "activations.cuh"
-#include "persistent_history.cuh"
+#include "cuda/activations.cuh"
+#include "cuda/persistent_history.cuh"
 
 namespace fastdeq {
 namespace cuda {
@@ -65,7 +65,7 @@ class Member : MemberHistory<T, kRows, kColumns> {
         barrier_.wait();
         going = advance(at_zero);
         parity_ ^= 1;
-        slot_ = slot_ + 1 == slots() ? 0 : slot_ + 1;
+        entry_ = entry_ + 1 == entries() ? 0 : entry_ + 1;
       }
       finish();
     }
@@ -77,8 +77,8 @@ class Member : MemberHistory<T, kRows, kColumns> {
       Places::mix, Places::mixes, Places::multiply;
   using Places::columns_, Places::first_output_, Places::first_sample_, Places::group_;
   using Places::lane_, Places::last_, Places::member_, Places::parity_, Places::points_;
-  using Places::older, Places::own, Places::partial_sum, Places::point, Places::slots;
-  using Places::product_, Places::row_entries_, Places::rows_, Places::samples_, Places::slot_;
+  using Places::older, Places::own, Places::partial_sum, Places::point, Places::entries;
+  using Places::product_, Places::row_entries_, Places::rows_, Places::samples_, Places::entry_;
   using Places::task_, Places::warp_;
   using Places::tile_rows, Places::warps;
 
@@ -86,9 +86,9 @@ class Member : MemberHistory<T, kRows, kColumns> {
     first_sample_ = int64_t(tile) * tile_rows();
     const int64_t left = task_.batch - first_sample_;
     rows_ = left < tile_rows() ? int(left) : tile_rows();
-    slot_ = 0;
+    entry_ = 0;
     for (int m = threadIdx.x; m < tile_rows(); m += blockDim.x) {
-      samples_[m].sample = fresh_sample<T>(task_.options);
+      reset(samples_[m].sample, task_.options);
       samples_[m].active = m < rows_;
       samples_[m].improved = false;
     }
@@ -136,15 +136,16 @@ class Member : MemberHistory<T, kRows, kColumns> {
   __device__ void evaluate_column(bool at_zero, int first, int n, const bool (&active)[kTogether],
                                   T (&squares)[2 * kTogether]) {
     const SolveOptions& o = task_.options;
+    const bool momentum = o.begins_with_momentum();
     T pre[kTogether] = {}, slope[kTogether] = {}, z[kTogether] = {}, last[kTogether] = {};
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
       const int m = first + r * warps();
       if (!active[r]) continue;
-      pre[r] = task_.offset[at(m, n)];
+      pre[r] = task_.injection[at(m, n)];
       if (task_.slope != nullptr) slope[r] = task_.slope[at(m, n)];
       if (!at_zero) z[r] = __ldcg(point(parity_, m, n));
-      if (o.momentum) last[r] = own(last_, m, n);
+      if (momentum) last[r] = own(last_, m, n);
       if (samples_[m].improved) task_.value[at(m, n)] = __ldcg(point(parity_ ^ 1, m, n));
     }
 #pragma unroll
@@ -158,7 +159,7 @@ class Member : MemberHistory<T, kRows, kColumns> {
       squares[r] += difference * difference;
       squares[kTogether + r] += value * value;
       T next = value;
-      if (o.momentum) {
+      if (momentum) {
         const T omega = T(samples_[m].sample.omega);
         T change = omega * difference;
         if (omega != T(1)) change += (omega - T(1)) * last[r];
@@ -169,8 +170,8 @@ class Member : MemberHistory<T, kRows, kColumns> {
       }
       __stcg(point(parity_ ^ 1, m, n), next);
       if (o.window > 0) {
-        f(slot_, m, n) = value;
-        g(slot_, m, n) = difference;
+        f(entry_, m, n) = value;
+        g(entry_, m, n) = difference;
       }
     }
   }
@@ -196,14 +197,14 @@ class Member : MemberHistory<T, kRows, kColumns> {
       const Decision& d = samples_[m].decision;
       going |= !d.stop;
       mixing |= mixes(d);
-      moving |= !d.stop && (mixes(d) || d.step == StepKind::kTrusted);
+      moving |= !d.stop && (mixes(d) || d.step == Step::kTakeBack);
     }
     going = __syncthreads_or(going);
     mixing = __syncthreads_or(mixing);
     moving = __syncthreads_or(moving);
     for (int m = warp_; m < rows_; m += warps()) {
       const bool last = samples_[m].improved && samples_[m].decision.stop;
-      const bool back = samples_[m].decision.step == StepKind::kTrusted;
+      const bool back = samples_[m].decision.step == Step::kTakeBack;
       for (int n = lane_; (last || back) && n < columns_; n += kWarpLanes) {
         if (last) task_.value[at(m, n)] = __ldcg(point(parity_, m, n));
         if (back) __stcg(point(parity_ ^ 1, m, n), f(older(1), m, n));
@@ -216,18 +217,20 @@ class Member : MemberHistory<T, kRows, kColumns> {
 
   // By one thread for each sample; `totals` are tile_rows apart.
   __device__ void judge_sample(int m, const double* totals) {
-    TileSample<T>& s = samples_[m];
+    TileSample& s = samples_[m];
     Decision d;
     d.stop = true;
     if (s.active) {
-      Sample<T> sample = s.sample;
-      d = judge<false>(sample, task_.options, sqrt(totals[0]), sqrt(totals[tile_rows()]), true);
+      const double norm = sqrt(totals[0]), size = sqrt(totals[tile_rows()]);
+      const double relative = double(T(relative_residual(norm, size)));
+      Sample sample = s.sample;
+      d = judge(sample, task_.options, norm, relative);
       s.sample = sample;
       s.active = !d.stop;
       s.status = d.status;
-      for (int age = 0; d.step == StepKind::kMix && age <= d.count; ++age) {
+      for (int age = 0; d.step == Step::kMix && age <= d.count; ++age) {
         const double inner = totals[(2 + age) * tile_rows()];
-        gram(m)[slot_ * slots() + older(age)] = gram(m)[older(age) * slots() + slot_] = inner;
+        gram(m)[entry_ * entries() + older(age)] = gram(m)[older(age) * entries() + entry_] = inner;
       }
     }
     s.improved = d.improved;
@@ -235,14 +238,15 @@ class Member : MemberHistory<T, kRows, kColumns> {
   }
 
   __device__ void finish() {
+    const int counters = counters_of(task_.options.solver);
     for (int m = threadIdx.x; m < rows_; m += blockDim.x) {
       if (member_ == 0) {
-        const Sample<T>& s = samples_[m].sample;
+        const Sample& s = samples_[m].sample;
         task_.status[first_sample_ + m] = int8_t(samples_[m].status);
         task_.iterations[first_sample_ + m] = s.iterations;
-        task_.residual[first_sample_ + m] = s.best_residual;
-        for (int i = 0; i < task_.counters; ++i) {
-          task_.rejects[(first_sample_ + m) * task_.counters + i] = s.rejects[i];
+        task_.residual[first_sample_ + m] = T(s.best_residual);
+        for (int i = 0; i < counters; ++i) {
+          task_.rejects[(first_sample_ + m) * counters + i] = s.rejects[i];
         }
       }
       samples_[m].active = true;  // for one more product
@@ -263,7 +267,7 @@ class Member : MemberHistory<T, kRows, kColumns> {
     for (int m = warp_; m < rows_; m += warps()) {
       const bool failed = samples_[m].status == Status::kNonfinite;
       for (int n = lane_; n < columns_; n += kWarpLanes) {
-        const T pre = task_.offset[at(m, n)] + product_.result(m, n);
+        const T pre = task_.injection[at(m, n)] + product_.result(m, n);
         task_.value_slope[at(m, n)] = failed ? T(0) : activation_slope(task_.activation, pre);
       }
     }

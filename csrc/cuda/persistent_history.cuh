@@ -1,14 +1,13 @@
 // The history of a member in the persistent solver, for Anderson acceleration: its part of the Gram
 // matrix, the small solves, and the mixing of its columns.
 //
-// An evaluation k is in slot k mod (window + 1) of f and g. A row of the Gram matrix is made in
-// double from what the members hand on, because its differences cancel; every member has all of it.
+// An evaluation k is in entry k mod (window + 1) of f and g. A row of the Gram matrix is summed in
+// double from the sums of the members, because its differences cancel; every member has all of it.
 // Reads per element and mixing: 2 and one for each difference, twice that with damping.
 
 #pragma once
 
-#include "persistent_member.cuh"
-#include "warp_solve.cuh"
+#include "cuda/persistent_member.cuh"
 
 namespace fastdeq {
 namespace cuda {
@@ -22,7 +21,7 @@ class MemberHistory : protected MemberPlaces<T, kRows, kColumns> {
   using Places::area, Places::f, Places::g, Places::gram, Places::older, Places::partial_sum;
   using Places::columns_, Places::lane_, Places::member_, Places::parity_, Places::rows_;
   using Places::Places, Places::warp_, Places::warps;
-  using Places::point, Places::samples_, Places::slot_, Places::slots, Places::task_;
+  using Places::point, Places::samples_, Places::entry_, Places::entries, Places::task_;
 
   // Evaluations in the history of a sample; -1 where it is not evaluated.
   __device__ int history_of(int m) const {
@@ -45,7 +44,7 @@ class MemberHistory : protected MemberPlaces<T, kRows, kColumns> {
         for (int i = 0; i < kGramRows * kGramAges; ++i) {
           const int m = first + i / kGramAges * warps(), age = begin + i % kGramAges;
           if (age > count[i / kGramAges]) continue;
-          inner[i] += double(g(slot_, m, n)) * double(g(older(age), m, n));
+          inner[i] += double(g(entry_, m, n)) * double(g(older(age), m, n));
         }
       }
       const double total = warp_sums<kGramRows * kGramAges>(inner, lane_);
@@ -58,25 +57,23 @@ class MemberHistory : protected MemberPlaces<T, kRows, kColumns> {
   }
 
   // With an empty history the mixed point is the damped one, which is written already.
-  __device__ static bool mixes(const Decision& d) {
-    return d.step == StepKind::kMix && d.count > 0;
-  }
+  __device__ static bool mixes(const Decision& d) { return d.step == Step::kMix && d.count > 0; }
 
   // As many samples at a time as there is room for: their small solves, one to a warp, then their
   // next points.
   __device__ void mix() {
-    const int window = task_.options.window, stride = int(small_solve_doubles(window));
-    const int limit = int(task_.area_bytes / (8 * stride));
-    double* const gamma = area() + window * slots();
+    const int window = task_.options.window, stride = small_bytes(window) / 8;
+    const int limit = int(task_.area_bytes / small_bytes(window));
+    double* const gamma = area() + small_solve_doubles(window);
     for (int first = 0; first < rows_; first += limit) {
       const int end = first + limit < rows_ ? first + limit : rows_;
       for (int m = first + warp_; m < end; m += warps()) {
         if (!mixes(samples_[m].decision)) continue;
         const int place = (m - first) * stride;
+        const Gram matrix{gram(m), entries(), 1, entries(), entry_, samples_[m].decision.count};
         const AndersonOutcome outcome =
-            solve_small_by_warp(gram(m), slots(), slot_, samples_[m].decision.count,
-                                task_.options.anderson, area() + place, gamma + place);
-        if (lane_ == 0) mixed(samples_[m].sample, outcome);
+            solve_small(WarpLanes(), matrix, task_.options, area() + place, gamma + place);
+        if (lane_ == 0) take_in(samples_[m].sample, outcome);
       }  // a warp mixes the rows that it has solved for
       for (int row = first + warp_; row < end; row += kTogether * warps()) {
         mix_rows(row, end, gamma + (row - first) * stride, stride);
@@ -102,8 +99,8 @@ class MemberHistory : protected MemberPlaces<T, kRows, kColumns> {
       for (int r = 0; r < kTogether; ++r) {
         value[r] = residual[r] = T(0);
         if (count[r] == 0) continue;
-        value[r] = f(slot_, first + r * warps(), n);
-        residual[r] = g(slot_, first + r * warps(), n);
+        value[r] = f(entry_, first + r * warps(), n);
+        residual[r] = g(entry_, first + r * warps(), n);
       }
 #pragma unroll
       for (int r = 0; r < kTogether; ++r) z[r] = value[r] - undamped * residual[r];

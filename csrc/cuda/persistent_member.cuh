@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "persistent_product.cuh"
+#include "cuda/persistent_product.cuh"
 
 namespace fastdeq {
 namespace cuda {
@@ -55,20 +55,20 @@ class MemberPlaces {
         warp_(threadIdx.x / kWarpLanes),
         first_output_(member_ * product_.tile_columns()),
         row_entries_(task.row_units * Unit<T>::kEntries) {
-    samples_ = reinterpret_cast<TileSample<T>*>(product_.area() + task.area_bytes);
+    samples_ = reinterpret_cast<TileSample*>(product_.area() + task.area_bytes);
     const int left = task.size - first_output_;
     columns_ = left < product_.tile_columns() ? left : product_.tile_columns();
     points_ = task.points + int64_t(group_) * 2 * tile_rows() * row_entries_;
     const int64_t own = int64_t(tile_rows()) * product_.tile_columns();
     last_ = task.last + blockIdx.x * own;
-    history_ = task.history + blockIdx.x * own * 2 * slots();
-    gram_ = task.gram + int64_t(blockIdx.x) * tile_rows() * slots() * slots();
+    history_ = task.history + blockIdx.x * own * 2 * entries();
+    gram_ = task.gram + int64_t(blockIdx.x) * tile_rows() * entries() * entries();
   }
 
   __device__ int tile_rows() const { return product_.tile_rows(); }
-  __device__ int slots() const { return task_.options.window + 1; }
+  __device__ int entries() const { return task_.options.window + 1; }
   __device__ int warps() const { return blockDim.x / kWarpLanes; }
-  __device__ int older(int age) const { return int(slot_of(slot_, age, slots())); }
+  __device__ int older(int age) const { return int(entry_of(entry_, age, entries())); }
 
   // Row m of the tile, the member's column n: in the two buffers of points, in tensors (B, d), in
   // the member's own buffers.
@@ -81,9 +81,11 @@ class MemberPlaces {
   __device__ T& own(T* buffer, int m, int n) const {
     return buffer[m * product_.tile_columns() + n];
   }
-  __device__ T& f(int slot, int m, int n) const { return own(history_, slot * tile_rows() + m, n); }
-  __device__ T& g(int slot, int m, int n) const { return f(slots() + slot, m, n); }
-  __device__ double* gram(int m) const { return gram_ + int64_t(m) * slots() * slots(); }
+  __device__ T& f(int entry, int m, int n) const {
+    return own(history_, entry * tile_rows() + m, n);
+  }
+  __device__ T& g(int entry, int m, int n) const { return f(entries() + entry, m, n); }
+  __device__ double* gram(int m) const { return gram_ + int64_t(m) * entries() * entries(); }
 
   __device__ double* partial_sum(int member, int sum, int m) const {
     const int64_t turn = int64_t(group_) * 2 + parity_;
@@ -102,14 +104,14 @@ class MemberPlaces {
   const int group_, member_, lane_, warp_;
   const int first_output_, row_entries_;  // the member's first column; entries of a point row
   int columns_;                           // the member's, within W
-  TileSample<T>* samples_;
+  TileSample* samples_;
   T* points_;
   T* last_;
   T* history_;
   double* gram_;
-  // The tile being solved; which points and sums are read now; the slot of this evaluation.
+  // The tile being solved; which points and sums are read now; the entry of this evaluation.
   int64_t first_sample_ = 0;
-  int rows_ = 0, parity_ = 0, slot_ = 0;
+  int rows_ = 0, parity_ = 0, entry_ = 0;
 };
 
 }  // namespace cuda

@@ -18,6 +18,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/anderson.h"
+
 namespace fastdeq {
 namespace cuda {
 
@@ -56,7 +58,7 @@ struct PersistentPlan {
   int members = 0, groups = 0;
   int tiles = 0;
   int row_units = 0, weight_units = 0;  // of a point row, of a row of W in shared memory
-  int sums = 0;                         // that a member hands on per sample
+  int sums = 0;                         // that a member makes for each sample
   int64_t weight_bytes = 0, area_bytes = 0, shared_bytes = 0;
   // Scratch: byte offsets of its parts. Counters come first; they must be zero.
   int64_t counter_bytes = 0, points = 0, partial_sums = 0, last = 0, history = 0, gram = 0;
@@ -69,15 +71,15 @@ constexpr int64_t round_to(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 constexpr int64_t kCounterStride = 128;  // bytes: a line of the second-level cache each
 
-// Doubles of the small solve of one sample: its matrix with its scales, and its weights.
-constexpr int64_t small_solve_doubles(int window) { return int64_t(window) * (window + 2); }
+// Of the small solve of one sample and its weights.
+constexpr int64_t small_bytes(int64_t window) { return 8 * (small_solve_doubles(window) + window); }
 
 inline int64_t planned_area(const PersistentPlan& p, const PersistentProblem& q) {
   const int64_t chunks = int64_t(2) * p.tile_rows * (p.chunk + 1) * kUnitBytes;
   const int64_t staged =
       int64_t(p.splits) * p.tile_rows * (p.tile_columns + kStagePad) * q.element_bytes;
   const int64_t totals = int64_t(p.sums) * p.tile_rows * 8;
-  const int64_t small = q.window > 0 ? small_solve_doubles(q.window) * 8 : 0;
+  const int64_t small = q.window > 0 ? small_bytes(q.window) : 0;
   return round_to(std::max({chunks, staged, totals, small}), 16);
 }
 
@@ -94,12 +96,12 @@ inline void plan_scratch(PersistentPlan& p, const PersistentProblem& q) {
   };
   const int64_t blocks = int64_t(p.groups) * p.members;
   const int64_t own = blocks * p.tile_rows * p.tile_columns * q.element_bytes;
-  const int64_t slots = q.window > 0 ? q.window + 1 : 0;
+  const int64_t entries = q.window > 0 ? q.window + 1 : 0;
   p.points = part(int64_t(p.groups) * 2 * p.tile_rows * p.row_units * kUnitBytes);
   p.partial_sums = part(blocks * 2 * p.sums * p.tile_rows * 8);
   p.last = part(q.momentum ? own : 0);
-  p.history = part(2 * slots * own);
-  p.gram = part(blocks * p.tile_rows * slots * slots * 8);
+  p.history = part(2 * entries * own);
+  p.gram = part(blocks * p.tile_rows * entries * entries * 8);
   p.scratch_bytes = at;
 }
 
@@ -139,9 +141,9 @@ inline bool complete_plan(PersistentPlan& p, const PersistentProblem& q,
   if (tiles > INT32_MAX) return false;
   p.tiles = int(tiles);
   p.groups = int(std::min<int64_t>(device.multiprocessors / p.members, tiles));
-  const int64_t wanted = std::max<int64_t>(p.row_units, 2 * p.splits);
+  const int64_t units = std::max<int64_t>(p.row_units, 2 * p.splits);
   for (p.chunk = 128; p.chunk >= 2 * p.splits; p.chunk /= 2) {
-    if (p.chunk >= 2 * wanted) continue;
+    if (p.chunk >= 2 * units) continue;
     if (int64_t(2) * p.tile_rows * (p.chunk + 1) * kUnitBytes > 40 * 1024) continue;
     p.area_bytes = planned_area(p, q);
     p.shared_bytes = planned_shared(p, q);

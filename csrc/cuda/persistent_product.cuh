@@ -18,9 +18,9 @@
 
 #pragma once
 
-#include "device.cuh"
-#include "persistent_plan.h"
-#include "persistent_task.h"
+#include "cuda/device.cuh"
+#include "cuda/persistent_plan.h"
+#include "cuda/persistent_task.h"
 
 namespace fastdeq {
 namespace cuda {
@@ -71,7 +71,7 @@ class Product {
 
   // Of the first `rows` of `points`, those with an active sample. All threads; `result` is there
   // when it returns. Begins and ends with the block in step, which is the caller's part before.
-  __device__ void run(const Unit<T>* points, const TileSample<T>* samples, int rows) {
+  __device__ void run(const Unit<T>* points, const TileSample* samples, int rows) {
     T sum[kRows][kColumns] = {};
     bool active = false;
     for (int i = 0; i < kRows; ++i) active |= samples[row_ + kWarpRows * i].active;
@@ -111,7 +111,7 @@ class Product {
   __device__ int staged_stride() const { return tile_columns_ + kStagePad; }
   __device__ T* staged() const { return chunks_->entry; }
 
-  __device__ void fetch(const Unit<T>* points, const TileSample<T>* samples, int rows, int first,
+  __device__ void fetch(const Unit<T>* points, const TileSample* samples, int rows, int first,
                         int stage) {
     const int left = task_.row_units - first;
     Unit<T>* const to = chunks_ + stage * tile_rows_ * (chunk() + 1);

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "persistent_plan.h"
-#include "sample.cuh"
+#include "common/sample.h"
+#include "cuda/persistent_plan.h"
 
 namespace fastdeq {
 namespace cuda {
@@ -18,19 +18,18 @@ struct PersistentTask {
   int64_t batch;
   const T* weight;
   int64_t output_stride, input_stride;
-  const T* offset;  // c, or the adjoint's g
-  const T* slope;   // the adjoint's D; null: forward
-  const T* start;   // finite; null: zeros
+  const T* injection;  // c, or the adjoint's g
+  const T* slope;      // the adjoint's D; null: forward
+  const T* start;      // finite; null: zeros
   int activation;
   SolveOptions options;
-  int counters;
 
   T* value;
   int8_t* status;
   int32_t* iterations;
   T* residual;
-  int32_t* rejects;  // (batch, counters)
-  T* value_slope;    // null: not wanted
+  int32_t* rejects;  // (batch, counters_of(options.solver))
+  T* value_slope;    // null: not requested
 
   // See persistent_plan.h.
   int warps_m, warps_n, splits, chunk_shift;
@@ -47,9 +46,8 @@ struct PersistentTask {
 };
 
 // A sample of the tile in shared memory.
-template <typename T>
 struct TileSample {
-  Sample<T> sample;
+  Sample sample;
   Decision decision;
   bool active;
   bool improved;  // the point just evaluated is the best, and not saved yet
@@ -63,8 +61,8 @@ PersistentProblem persistent_problem(const PersistentTask<T>& task) {
   q.batch = task.batch;
   q.element_bytes = int(sizeof(T));
   q.window = task.options.window;
-  q.momentum = task.options.momentum;
-  q.sample_bytes = int(sizeof(TileSample<T>));
+  q.momentum = task.options.begins_with_momentum();
+  q.sample_bytes = int(sizeof(TileSample));
   return q;
 }
 

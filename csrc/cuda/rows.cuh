@@ -2,15 +2,16 @@
 // gradient: one launch each for what takes about ten small ones in ATen.
 //
 //   q = D (g + q W)   slope D, gradient g, solution q: (B, n), contiguous, T float or double
-//   scale_rows        largest = max(max |D g|, 1e-30 max |g|),  norm = max(|D g / largest|, 1)
+//   scale_rows        largest = max(max |D g|, LEAST_SCALE max |g|)
+//                     norm = max(|D g / largest|, 1)
 //                     rows = g / largest / norm, so that |D rows| = 1, or less where |g| would
 //                     leave the range of T: a linear solve is homogeneous, its stop test is not
 //   restore_rows      q = value norm largest, a step at a time, as the product may overflow
 //
 // Nothing depends on g where D is 0; a row of zeros in D has zeros as its rows, whatever g is. A
 // row of which g or D g is not finite has NaN as its rows and as its norm, so that its solve ends
-// at once and its solution is NaN: gradient scalers look for it. As fastdeq/affine.py,
-// solve_affine_adjoint.
+// at once and its solution is NaN: gradient scalers look for it. As in
+// fastdeq/ops/solve_affine_adjoint.py.
 //
 // One block of 32 to 256 threads per row, which walks over it three times: the largest entries, the
 // norm, the division. Sums are double, in an order that does not depend on timing. All reads along
@@ -18,15 +19,16 @@
 //
 // Bytes per row, s to an element: scale_rows reads 2 n s, twice more from a cache, and writes n s;
 // restore_rows reads n s and writes n s. About 8 operations per element: memory traffic should set
-// the time. Compared with fastdeq/affine.py on the emulated machine of tests/cuda_emulator;
-// compiled for sm_80 and sm_90. No GPU has run it: the block size is a choice, not a measurement.
+// the time. Compared with solve_affine_adjoint.py on the emulated machine of tests/cuda_emulator;
+// compiled for sm_80 and sm_90. The block size is a choice, not a measurement.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "device.cuh"
+#include "common/constants.h"
+#include "cuda/device.cuh"
 
 namespace fastdeq {
 namespace cuda {
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads)
   wrong = __syncthreads_or(wrong) && alive;
   most = over_block(most, maxima, larger);
   most_g = over_block(most_g, maxima + kRowWarps, larger);
-  T largest = larger(most, most_g * T(1e-30));
+  T largest = larger(most, most_g * T(kLeastScale));
   if (largest == 0 || wrong) largest = 1;
 
   // 2. The norm. Squares of entries below 1e-19 would vanish in float32, and of large ones

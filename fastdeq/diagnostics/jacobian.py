@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..cells import AffineCell
-from ..choices import check_options
+from ..errors import check_options
 from ..layer import DEQLayer
-from ..state import Packing
+from ..solve.general import Packing
 from . import krylov
 from .estimate import OPTIONS, Estimate, check_numbers
 
@@ -34,6 +34,24 @@ def spectral_radius(
     one vector-Jacobian product of the cell, for the whole batch. Memory: up to ``max_products``
     states per sample. A Krylov space of the state's dimension, or one that closes before, is exact.
 
+    What the estimate means:
+
+    - For normal J (symmetric, orthogonal) ``value <= spectral radius <= upper <= value +
+      accuracy``; the first for certain, as Ritz values lie in the convex hull of the spectrum,
+      the second with probability ``1 - risk``.
+    - For any J the spectral radius is at most ``upper``, with the same probability, but for
+      rounding. On the lower side accuracy is a backward error: some matrix within ``accuracy``
+      of J, in the 2-norm, has an eigenvalue of modulus in ``[value - accuracy, value]``: the
+      Ritz residual ``h |y_m|`` is part of it. An eigenvalue of a strongly non-normal J moves
+      much further than the matrix: ``value`` can be far above the spectral radius although
+      ``accuracy`` is small.
+    - Rounding is charged as a change of J by 4 eps of its projection's Frobenius norm, with the
+      eps of the cell's dtype. ``accuracy`` and ``upper`` include its effect on a normal J.
+
+    Spectra with many eigenvalues near the largest modulus, as those of orthogonal and dense
+    weights, need about as many products as the state has entries for full accuracy. A cell
+    whose result does not require gradients, or does not depend on z, has J = 0.
+
     Args:
         cell: an :class:`fastdeq.AffineCell`, any module or function ``cell(z, x)`` that treats
             samples independently, or a :class:`fastdeq.DEQLayer` around one.
@@ -48,22 +66,6 @@ def spectral_radius(
 
     Returns:
         An :class:`Estimate`.
-
-        - For normal J (symmetric, orthogonal) ``value <= spectral radius <= upper <= value +
-          accuracy``; the first for certain, as Ritz values lie in the convex hull of the spectrum,
-          the second with probability ``1 - risk``.
-        - For any J the spectral radius is at most ``upper``, with the same probability, but for
-          rounding. On the lower side accuracy is a backward error: some matrix within ``accuracy``
-          of J, in the 2-norm, has an eigenvalue of modulus in ``[value - accuracy, value]``: the
-          Ritz residual ``h |y_m|`` is part of it. An
-          eigenvalue of a strongly non-normal J moves much further than the matrix: ``value`` can be
-          far above the spectral radius although ``accuracy`` is small.
-        - Rounding is charged as a change of J by 4 eps of its projection's Frobenius norm, with the
-          eps of the cell's dtype. ``accuracy`` and ``upper`` include its effect on a normal J.
-
-        Spectra with many eigenvalues near the largest modulus, as those of orthogonal and dense
-        weights, need about as many products as the state has entries for full accuracy. A cell
-        whose result does not require gradients, or does not depend on z, has J = 0.
 
     Raises:
         TypeError, ValueError: options, states or inputs that do not fit, with what does.

@@ -69,7 +69,7 @@ def log_reach(size: int, risk: float, *, symmetric: bool) -> float:
 
 def start_vector(size: int, generator: torch.Generator | None) -> Tensor:
     """``(size,)`` float64, uniform on the unit sphere; the same one for every sample, so that a
-    sample's result does not depend on its batch mates."""
+    sample's result does not depend on the other samples."""
     if generator is None:  # not the global stream: looking at a model must not change its training
         generator = torch.Generator().manual_seed(0)
     v = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cells import AffineCell
-from ..choices import check_options
+from ..errors import check_options
 from ..layer import DEQLayer
 from . import krylov
 from .estimate import OPTIONS, check_numbers

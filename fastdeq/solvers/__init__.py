@@ -1,11 +1,10 @@
-"""The solvers, their names, and the order in which ``"auto"`` considers them."""
+"""The solvers by name, and how a name becomes a solver object for a structure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from ..choices import check_choice
+from ..errors import check_choice
 from .anderson import Anderson
+from .auto import automatic
 from .base import Solver, Step, Structure
 from .energy import Energy
 from .gmres import GMRES
@@ -13,6 +12,7 @@ from .heavy_ball import HeavyBall
 from .minres import MINRES
 from .neumann import Neumann
 from .picard import Picard
+from .solve_options import SolveOptions
 
 _ALL: tuple[type[Solver], ...] = (Picard, Anderson, HeavyBall, Energy, Neumann, GMRES, MINRES)
 SOLVERS: dict[str, type[Solver]] = {s.name: s for s in _ALL}
@@ -21,51 +21,7 @@ ADJOINT = tuple(name for name in SOLVERS if name != "energy")  # which descends 
 _INSIDE = ("energy", "minres")  # look inside an affine cell
 
 
-def _contracts(structure: Structure) -> bool:
-    bound = structure.contraction
-    if bound is not None and "orthogonal" in structure.tags and structure.affine:
-        return bound < 1  # on a circle of eigenvalues no acceleration pays, however near to 1
-    return bound is not None and bound <= 0.9
-
-
-def _symmetric(structure: Structure) -> bool:
-    return structure.affine and "symmetric" in structure.tags
-
-
-def _affine(structure: Structure) -> bool:
-    return structure.affine
-
-
-def _energetic(structure: Structure) -> bool:
-    return structure.affine and structure.tags >= Energy.needs
-
-
-def _any(structure: Structure) -> bool:
-    return True
-
-
-# "auto" is the first whose condition holds. docs/how-it-works.md has the measurements behind it.
-# In an affine cell a plain step is cheap: acceleration, at 1.1 (d = 512) to 2.5 times its cost
-# (d = 64), pays where the residual falls slowly. A plain step of a general map is not known to be
-# cheap, so every one is accelerated. An adjoint is linear, and a longer history helps more. A real
-# spectrum lets heavy-ball steps do as well as a history, at the price of plain ones.
-_AUTO_FORWARD: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
-    (_energetic, Energy(momentum=True)),
-    (_contracts, Picard()),
-    (_symmetric, Anderson(accelerate_above=0.7)),
-    (_affine, Anderson(accelerate_above=0.9)),
-    (_any, Anderson()),
-)
-_AUTO_ADJOINT: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
-    (_energetic, MINRES(momentum=True)),
-    (_contracts, Neumann()),
-    (_symmetric, Anderson(window=10, accelerate_above=0.7)),
-    (_affine, Anderson(window=10, accelerate_above=0.9)),
-    (_any, Anderson(window=10)),
-)
-
-
-def choose(solver: str | Solver, structure: Structure, tol: float, *, adjoint: bool) -> Solver:
+def resolve(solver: str | Solver, structure: Structure, tol: float, *, adjoint: bool) -> Solver:
     """Turns a name, ``"auto"`` or a solver object into a solver object for a map of ``structure``.
 
     Raises:
@@ -73,8 +29,7 @@ def choose(solver: str | Solver, structure: Structure, tol: float, *, adjoint: b
         TypeError: as ``named`` does.
     """
     if solver == "auto":
-        ordered = _AUTO_ADJOINT if adjoint else _AUTO_FORWARD
-        return next(solver for holds, solver in ordered if holds(structure))
+        return automatic(structure, adjoint=adjoint)
     chosen = named(solver, adjoint=adjoint)
     missing: frozenset[str] = getattr(chosen, "needs", frozenset()) - structure.tags
     if missing or (chosen.name in _INSIDE and not structure.affine):
@@ -133,9 +88,10 @@ __all__ = [
     "HeavyBall",
     "Neumann",
     "Picard",
+    "SolveOptions",
     "Solver",
     "Step",
     "Structure",
-    "choose",
     "named",
+    "resolve",
 ]

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..constants import PATIENCE
 from .base import CheckedOptions, Problem, Step, check_integer, check_range
 
 
@@ -69,7 +70,7 @@ class Anderson(CheckedOptions):
     name: ClassVar[str] = "anderson"
     linear: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    patience: ClassVar[int] = 50
+    patience: ClassVar[int] = PATIENCE
     rejects: ClassVar[tuple[str, ...]] = ("safeguard", "weight_cap", "rank_cut")
 
     def __post_init__(self) -> None:

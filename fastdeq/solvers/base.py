@@ -1,6 +1,6 @@
 """What a solver is: a small immutable object with ``init`` and ``step``.
 
-A solver sees rows ``(B, n)`` and never a device, a cell or autograd. ``driver.solve`` evaluates the
+A solver sees rows ``(B, n)`` and never a device, a cell or autograd. ``loop.solve`` evaluates the
 map at the points that the solver asks for, keeps the best verified iterate of every sample, and
 stops samples one by one.
 """
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from ..choices import check_options
-
-RESIDUAL_EPS = 1e-9  # makes a residual at the zero state an absolute one
+from ..errors import check_options
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,14 @@ class Structure:
 
     ``contraction`` bounds its Lipschitz constant in the 2-norm (None: unknown); ``tags`` are the
     tags of the weight ("orthogonal", "symmetric") and of the activation ("monotone"); ``affine``
-    says that it is ``phi(W z + c)``, solved as one, and ``exact`` that W is symmetric to the last
-    bit at all times, so that half of it will do.
+    says that it is ``phi(W z + c)``, solved as one; ``bitwise_symmetric`` that W is symmetric to
+    the last bit at all times, so that half of it will do.
     """
 
     contraction: float | None = None
     tags: frozenset[str] = frozenset()
     affine: bool = False
-    exact: bool = False
+    bitwise_symmetric: bool = False
 
 
 class AffineMap:
@@ -75,7 +73,8 @@ class AffineMap:
 
 class Problem(NamedTuple):
     """What a solver is told at the start: the relative tolerance, the number of updates it will be
-    asked for, the form of ``ops.anderson_mix`` to use, and the map where it is an affine cell's."""
+    asked for, the implementation of ``ops.anderson_mix`` to use, and the map where it is an affine
+    cell's."""
 
     tol: float
     max_iter: int

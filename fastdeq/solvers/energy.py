@@ -35,26 +35,27 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer, where_rows
+from ..constants import (
+    ASSUMED_CURVATURE,
+    FIRST_RADIUS,
+    FLOOR_HALVINGS,
+    FORCING_POWER,
+    LEAST_CURVATURE,
+    MOST_FORCING,
+    MOST_HALVINGS,
+    NEWTON_HALVINGS,
+    PATIENCE_ENERGY,
+    RESIDUAL_EPS,
+    ROUNDING_FLOOR,
+    SMALL_STEP,
+    SUFFICIENT_DECREASE,
+)
+from .base import AffineMap, CheckedOptions, Problem, Step, check_integer, where_rows
 from .heavy_ball import Momentum
 
 # What the point of evaluation is: a heavy-ball iterate, the first iterate of the descent, a
 # direction of conjugate gradients, a trial.
 _MOMENTUM, _OPEN, _DIRECTION, _TRIAL = 0, 1, 2, 3
-
-# Measured: 0.5 and 0.5 take 16 % (spectral radius 2 and 4) to 37 % (8) more products.
-_MOST_FORCING, _FORCING_POWER = 0.7, 0.2
-_SUFFICIENT = 1e-4  # of the decrease that the slope promises
-# Of a direction, relative to its square: less counts as negative; and the least that the step along
-# such a direction assumes.
-_LEAST_CURVATURE, _ASSUMED_CURVATURE = 1e-6, 0.3
-# After so many halvings the plain step takes the place of the Newton step: at a kink of phi only
-# that is sure to go downhill.
-_NEWTON_HALVINGS, _MOST_HALVINGS = 8, 30
-_SMALL_STEP = 0.1  # where the leading term of kappa is good to 1e-3, or 0.1 across elu's kink
-# Below so many roundings of the residual its rounding decides whether E seems to fall: a few
-# halvings are enough to know.
-_FLOOR, _FLOOR_HALVINGS = 16, 3
 
 
 @dataclass
@@ -74,7 +75,7 @@ class _State:
     direction: Tensor
     square: Tensor  # (B,) |residual|^2
     goal: Tensor  # (B,) of it
-    made: Tensor  # (B,) int32: directions used
+    directions: Tensor  # (B,) int32: used in this step
     t: Tensor  # (B,)
     halvings: Tensor  # (B,) int32, of this step
     floor: Tensor  # (B,) bool: the step began near the rounding floor
@@ -89,7 +90,7 @@ class Energy(CheckedOptions):
 
     Args:
         momentum: begin with heavy-ball steps, which are cheaper where the map contracts; the
-            descent takes over from a sample's best iterate at the first six of them that do not
+            descent goes on from a sample's best iterate after the first six of them that do not
             halve its residual.
         most_directions: of conjugate gradients per step, >= 1.
     """
@@ -100,7 +101,7 @@ class Energy(CheckedOptions):
     name: ClassVar[str] = "energy"
     linear: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"symmetric", "monotone"})
-    patience: ClassVar[int] = 200
+    patience: ClassVar[int] = PATIENCE_ENERGY
     waits: ClassVar[bool] = True
     rejects: ClassVar[tuple[str, ...]] = ("energy", "curvature")
 
@@ -117,14 +118,14 @@ class Energy(CheckedOptions):
         first = _MOMENTUM if self.momentum else _OPEN
         return _State(
             map=problem.affine,
-            momentum=Momentum.start(point, 0.5),
+            momentum=Momentum.start(point, FIRST_RADIUS),
             mode=torch.full_like(counter, first, dtype=torch.int8),
             fresh=True,
             lowest=torch.full_like(zeros, torch.inf),
             **dict.fromkeys(("a", "z", "s", "h", "slope", "da", "residual", "direction"), rows),
             square=zeros,
             goal=zeros,
-            made=counter.clone(),
+            directions=counter.clone(),
             t=torch.ones_like(zeros),
             halvings=counter.clone(),
             floor=counter.bool(),
@@ -154,9 +155,9 @@ class Energy(CheckedOptions):
             state.a = where_rows(lower, pre, state.a)
             state.lowest = torch.where(lower, relative, state.lowest)
             following, slow = state.momentum.step(point, value, norm)
-            hand_over = heavy & (slow | ~finite) & state.lowest.isfinite()
-            failed = failed & ~hand_over
-            open_next = open_next | hand_over
+            switches = heavy & (slow | ~finite) & state.lowest.isfinite()
+            failed = failed & ~switches
+            open_next = open_next | switches
             following = where_rows(heavy, following, point)
 
         trial = mode == _TRIAL
@@ -168,7 +169,7 @@ class Energy(CheckedOptions):
             state.energy += rejected & running
             state.halvings = torch.where(rejected, state.halvings + 1, 0)
             state.t = torch.where(rejected, 0.5 * state.t, 1.0)
-            plain = rejected & (state.halvings == _NEWTON_HALVINGS)
+            plain = rejected & (state.halvings == NEWTON_HALVINGS)
             state.da = where_rows(plain, state.s, state.da)
             state.t = torch.where(plain, 1.0, state.t)
             state.a = where_rows(trial & fell, state.trial, state.a)
@@ -188,7 +189,7 @@ class Energy(CheckedOptions):
         state.mode = torch.where(open_next, _OPEN, mode)
         state.mode = torch.where(tries, _TRIAL, state.mode)
         state.mode = torch.where(directs, _DIRECTION, state.mode).to(torch.int8)
-        most = torch.where(state.floor, _FLOOR_HALVINGS, _MOST_HALVINGS)
+        most = torch.where(state.floor, FLOOR_HALVINGS, MOST_HALVINGS)
         return Step(following, state.mode != _DIRECTION, failed, state.halvings > most)
 
     def _energy_falls(self, state: _State, phi: Activation, z: Tensor, pre: Tensor) -> Tensor:
@@ -198,13 +199,13 @@ class Energy(CheckedOptions):
         da, dz = state.trial - state.a, z - state.z
         gap = 0.5 * da * (z + state.z) - (phi.primitive(state.trial) - phi.primitive(state.a))
         small = da * da * (slope - state.slope) / 12
-        kappa = torch.where((da.abs() < _SMALL_STEP) & phi.smooth, small, gap)
+        kappa = torch.where((da.abs() < SMALL_STEP) & phi.smooth, small, gap)
         # On one linear piece, or one saturated side, the first form is rounding error alone.
         alike = (slope == state.slope) & ((state.trial > 0) == (state.a > 0))
         kappa = torch.where(alike, 0.0, kappa)
         change = kappa - 0.5 * (state.s + (pre - state.trial)) * dz
         promised = (state.slope * state.s * da).double().sum(1)
-        return change.double().sum(1) <= -_SUFFICIENT * promised  # false for NaN
+        return change.double().sum(1) <= -SUFFICIENT_DECREASE * promised  # false for NaN
 
     def _begin(
         self,
@@ -220,7 +221,7 @@ class Energy(CheckedOptions):
         s, h = pre - state.a, slope.sqrt()
         rhs = h * s
         square = rhs.square().double().sum(1).to(rhs.dtype)
-        forcing = (relative**_FORCING_POWER).clamp(max=_MOST_FORCING)
+        forcing = (relative**FORCING_POWER).clamp(max=MOST_FORCING)
         state.z, state.s = where_rows(rows, z, state.z), where_rows(rows, s, state.s)
         state.slope, state.h = where_rows(rows, slope, state.slope), where_rows(rows, h, state.h)
         state.da = where_rows(rows, s, state.da)
@@ -228,9 +229,9 @@ class Energy(CheckedOptions):
         state.direction = where_rows(rows, rhs, state.direction)
         state.square = torch.where(rows, square, state.square)
         state.goal = torch.where(rows, forcing * forcing * square, state.goal)
-        state.made = torch.where(rows, 0, state.made)
+        state.directions = torch.where(rows, 0, state.directions)
         state.halvings = torch.where(rows, 0, state.halvings)
-        floor = _FLOOR * torch.finfo(z.dtype).eps
+        floor = ROUNDING_FLOOR * torch.finfo(z.dtype).eps
         state.floor = torch.where(rows, relative < floor, state.floor)
 
     def _conjugate_gradients(self, state: _State, rows: Tensor, running: Tensor) -> Tensor:
@@ -241,10 +242,10 @@ class Energy(CheckedOptions):
         image = state.direction - state.h * product
         length = state.direction.square().double().sum(1)
         curvature = (state.direction * image).double().sum(1)
-        flat = ~(curvature > _LEAST_CURVATURE * length)  # true for NaN
+        flat = ~(curvature > LEAST_CURVATURE * length)  # true for NaN
         state.curvature += rows & flat & running
         goes_on = rows & ~flat
-        assumed = torch.maximum(curvature.abs(), _ASSUMED_CURVATURE * length)
+        assumed = torch.maximum(curvature.abs(), ASSUMED_CURVATURE * length)
         alpha = (state.square / torch.where(flat, assumed, curvature)).to(product.dtype)
         moved = state.da + alpha.unsqueeze(1) * product
         state.da = where_rows(rows & curvature.isfinite(), moved, state.da)
@@ -254,8 +255,8 @@ class Energy(CheckedOptions):
         state.residual = where_rows(goes_on, residual, state.residual)
         state.direction = where_rows(goes_on, direction, state.direction)
         state.square = torch.where(goes_on, square, state.square)
-        state.made = state.made + goes_on
-        enough = (state.square <= state.goal) | (state.made >= self.most_directions)
+        state.directions = state.directions + goes_on
+        enough = (state.square <= state.goal) | (state.directions >= self.most_directions)
         return rows & (flat | enough)
 
     def counters(self, state: _State) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..constants import PATIENCE_GMRES
 from .base import CheckedOptions, Problem, Step, check_integer
 
 
@@ -55,7 +56,7 @@ class GMRES(CheckedOptions):
     name: ClassVar[str] = "gmres"
     linear: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
-    patience: ClassVar[int] = 3
+    patience: ClassVar[int] = PATIENCE_GMRES
     waits: ClassVar[bool] = True
     rejects: ClassVar[tuple[str, ...]] = ()
 

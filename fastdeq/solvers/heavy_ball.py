@@ -25,12 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..constants import FIRST_RADIUS, HALVE_WITHIN, LARGEST_RADIUS, LEARN_AFTER, PATIENCE
 from .base import CheckedOptions, Problem, Step, check_range
-
-LARGEST_RADIUS = 0.98  # of the estimate; beyond it the gain is small and the transient long
-# The residual is to halve in so many steps: a slower one is an eigenvalue beyond 0.993, or no
-# contraction at all.
-HALVE_WITHIN = 6
 
 
 @dataclass
@@ -42,8 +38,8 @@ class Momentum:
     radius: Tensor  # (B,): estimate of rho
     omega: Tensor  # (B,): of the step that led to this point
     count: Tensor  # (B,) int32: steps made
-    mark: Tensor  # (B,): residual norm that is to be halved
-    since: Tensor  # (B,) int32: steps since it was set
+    norm_to_halve: Tensor  # (B,): residual norm that is to be halved
+    steps_since_halved: Tensor  # (B,) int32: steps since it was set
 
     @classmethod
     def start(cls, point: Tensor, radius: float) -> Momentum:
@@ -56,7 +52,7 @@ class Momentum:
     def step(self, point: Tensor, value: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The next point and which samples do not halve their residual in time."""
         # The first step is a plain one. A later one takes what was known one evaluation before, as
-        # a fused form, which takes the step while it evaluates, must.
+        # an engine that takes the step while it evaluates must.
         omega = torch.where(self.count > 0, 2 / (1 + torch.sqrt(1 - self.radius**2)), 1.0)
         following = self.previous + omega.unsqueeze(1) * (value - self.previous)
         following = torch.where((self.count > 0).unsqueeze(1), following, value)
@@ -64,28 +60,28 @@ class Momentum:
         left = torch.minimum(norm / self.norms[0], (norm / self.norms[2]) ** (1 / 3))
         rate = torch.sqrt(self.omega - 1)
         seen = (left * left + self.omega - 1) / (self.omega * left)
-        better = (self.count > 3) & (left > rate)  # false for NaN
+        better = (self.count > LEARN_AFTER) & (left > rate)  # false for NaN
         radius = torch.maximum(self.radius, seen.clamp(max=LARGEST_RADIUS))
         self.radius = torch.where(better, radius, self.radius)
 
-        halved = norm <= 0.5 * self.mark
-        self.mark = torch.where(halved, norm, self.mark)
-        self.since = torch.where(halved, 0, self.since + 1)
+        halved = norm <= 0.5 * self.norm_to_halve
+        self.norm_to_halve = torch.where(halved, norm, self.norm_to_halve)
+        self.steps_since_halved = torch.where(halved, 0, self.steps_since_halved + 1)
         self.previous, self.norms, self.omega = point, (norm, *self.norms[:2]), omega
         self.count = self.count + 1
-        return following, self.since >= HALVE_WITHIN
+        return following, self.steps_since_halved >= HALVE_WITHIN
 
 
 @dataclass(frozen=True)
 class HeavyBall(CheckedOptions):
     """Heavy-ball steps for symmetric weights, ``radius`` in [0, 0.98]: a first guess of rho."""
 
-    radius: float = 0.5
+    radius: float = FIRST_RADIUS
 
     name: ClassVar[str] = "heavy_ball"
     linear: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    patience: ClassVar[int] = 50
+    patience: ClassVar[int] = PATIENCE
     rejects: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ space, whether A is definite or not; where D is 0, q is exactly 0. One product w
 
 When the estimate meets the tolerance, an evaluation at ``q = h (v_0 + x)`` verifies it. If that
 fails, the goal is lowered; if the estimate has drifted from the truth by more than a factor of
-``_DRIFT``, or the Krylov space is exhausted, the iteration starts anew from there with the true
+``DRIFT``, or the Krylov space is exhausted, the iteration starts anew from there with the true
 residual ``h (g + q W) - v``.
 
 Source: C. Paige and M. Saunders, SIAM J. Numer. Anal. 12 (1975) 617.
@@ -26,14 +26,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import RESIDUAL_EPS, AffineMap, CheckedOptions, Problem, Step, check_integer, where_rows
+from ..constants import (
+    DRIFT,
+    ESTIMATE_FRACTION,
+    FIRST_RADIUS,
+    KRYLOV_FLOOR,
+    MOST_VAIN_RESTARTS,
+    PATIENCE_MINRES,
+    RESIDUAL_EPS,
+)
+from .base import AffineMap, CheckedOptions, Problem, Step, check_integer, where_rows
 from .heavy_ball import Momentum
 
 _MOMENTUM, _OPEN, _DIRECTION, _VERIFY = 0, 1, 2, 3
-
-_AIM = 0.9  # of the tolerance, where the estimate is taken for met
-_DRIFT = 4.0
-_MOST_VAIN = 2  # restarts in a row that do not halve the residual
 
 
 @dataclass
@@ -70,7 +75,7 @@ class MINRES(CheckedOptions):
 
     Args:
         momentum: begin with heavy-ball steps, which are cheaper where the map contracts; MINRES
-            takes over from a sample's best iterate at the first six of them that do not halve
+            goes on from a sample's best iterate after the first six of them that do not halve
             its residual.
     """
 
@@ -79,7 +84,7 @@ class MINRES(CheckedOptions):
     name: ClassVar[str] = "minres"
     linear: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"symmetric", "monotone"})
-    patience: ClassVar[int] = 20
+    patience: ClassVar[int] = PATIENCE_MINRES
     waits: ClassVar[bool] = True
     rejects: ClassVar[tuple[str, ...]] = ("restart",)
 
@@ -95,13 +100,13 @@ class MINRES(CheckedOptions):
         counter = torch.zeros(len(point), dtype=torch.int32, device=point.device)
         return _State(
             map=problem.affine,
-            momentum=Momentum.start(point, 0.5),
+            momentum=Momentum.start(point, FIRST_RADIUS),
             mode=torch.full_like(counter, _MOMENTUM if self.momentum else _OPEN, dtype=torch.int8),
             lowest=torch.full_like(zeros, torch.inf),
             h=h,
             **dict.fromkeys(("base", "x", "y", "y_old", "w", "w_old"), rows),
             **dict.fromkeys(("beta", "cosine", "sine", "diagonal", "corner", "phi"), zeros),
-            aim=torch.full_like(zeros, _AIM),
+            aim=torch.full_like(zeros, ESTIMATE_FRACTION),
             exhausted=counter.bool(),
             restart=counter.clone(),
             restarted_at=torch.full_like(zeros, torch.inf),
@@ -133,13 +138,13 @@ class MINRES(CheckedOptions):
 
         verify = mode == _VERIFY
         gained = norm < 0.5 * state.restarted_at
-        anew = (mode == _OPEN) | (verify & (state.exhausted | ~(norm <= _DRIFT * state.phi)))
+        anew = (mode == _OPEN) | (verify & (state.exhausted | ~(norm <= DRIFT * state.phi)))
         state.restart += verify & anew & running
         state.vain = torch.where(verify & anew, torch.where(gained, 0, state.vain + 1), state.vain)
         state.restarted_at = torch.where(verify & anew & gained, norm, state.restarted_at)
         # Where the estimate is sound, on towards a lower goal.
         size = torch.linalg.vector_norm(value, dim=1)
-        lower = (state.tol * size / norm).clamp(max=1.0) * _AIM
+        lower = (state.tol * size / norm).clamp(max=1.0) * ESTIMATE_FRACTION
         state.aim = torch.where(verify & ~anew, state.aim * lower, state.aim)
         if bool(anew.any()):
             self._begin(state, anew)
@@ -154,7 +159,7 @@ class MINRES(CheckedOptions):
         for rows, next_mode in ((open_next, _OPEN), (directs, _DIRECTION), (ready, _VERIFY)):
             state.mode = torch.where(rows, next_mode, state.mode)
         # A residual of zero that does not meet the tolerance is one below the smallest number.
-        stalled = anew & ((state.phi == 0) | (state.vain > _MOST_VAIN))
+        stalled = anew & ((state.phi == 0) | (state.vain > MOST_VAIN_RESTARTS))
         return Step(following, state.mode != _DIRECTION, failed, stalled)
 
     def _begin(self, state: _State, rows: Tensor) -> None:
@@ -171,7 +176,7 @@ class MINRES(CheckedOptions):
             setattr(state, name, torch.where(rows, start, getattr(state, name)))
         state.cosine = torch.where(rows, -1.0, state.cosine)
         state.phi = torch.where(rows, length, state.phi)
-        state.aim = torch.where(rows, _AIM, state.aim)
+        state.aim = torch.where(rows, ESTIMATE_FRACTION, state.aim)
         state.exhausted = state.exhausted & ~rows
 
     def _lanczos(self, state: _State, rows: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ class MINRES(CheckedOptions):
             ("phi", phi),
         ):
             setattr(state, name, torch.where(goes_on, number, getattr(state, name)))
-        floor = 10 * torch.finfo(image.dtype).eps
+        floor = KRYLOV_FLOOR * torch.finfo(image.dtype).eps
         spent = ~(beta > floor * torch.linalg.vector_norm(image, dim=1))
         state.exhausted = state.exhausted | (rows & (singular | spent))
         size = torch.linalg.vector_norm(state.h * (state.base + state.x), dim=1)

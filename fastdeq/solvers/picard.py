@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..constants import PATIENCE
 from .base import CheckedOptions, Problem, Step, Structure, check_integer, check_range
 
 CERTIFIED = "certified"
@@ -53,7 +54,7 @@ class Picard(CheckedOptions):
     name: ClassVar[str] = "picard"
     linear: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    patience: ClassVar[int] = 50
+    patience: ClassVar[int] = PATIENCE
     rejects: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How a solve of an affine cell runs, as flat named fields: what operators, C++ and Triton are told.
+"""The options of one solve of an affine cell, as operators, C++ and Triton take them: named fields.
 
 An operator's schema has one argument for each field, of the same name and type; C++ reads them by
 name into a struct of the same fields (csrc/common/solve_options.h).
@@ -10,8 +10,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..constants import FIRST_RADIUS
+
 if TYPE_CHECKING:
     from .base import Solver
+
+
+PRECISIONS = ("auto", "float32", "mixed")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class SolveOptions:
     damping: float = 1.0
     fixed_iterations: int = 0
     momentum: bool = False
-    radius: float = 0.5
+    radius: float = FIRST_RADIUS
     most_directions: int = 0
     window: int = 0
     regularization: float = 0.0
@@ -37,13 +42,18 @@ class SolveOptions:
     accelerate_above: float = 0.0
     restart: int = 0
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            names = ", ".join(map(repr, PRECISIONS))
+            raise ValueError(f"precision must be one of {names}, got {self.precision!r}.")
+
     @classmethod
     def of(
         cls, solver: Solver, *, tol: float, max_iter: int, precision: str = "auto"
     ) -> SolveOptions:
-        """The options of a registered solver."""
-        fields = dataclasses.fields(solver)  # type: ignore[arg-type]
-        own = {f.name: getattr(solver, f.name) for f in fields}
+        """The options of a registered solver; of another one what it shares with those."""
+        fields: Any = dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
+        own = {f.name: getattr(solver, f.name) for f in fields if f.name in FIELDS}
         return cls(solver.name, tol, max_iter, solver.patience, precision, **own)
 
     @property
@@ -51,14 +61,23 @@ class SolveOptions:
         """The most updates of a sample; exactly so many where ``fixed_iterations`` is not 0."""
         return self.fixed_iterations or self.max_iter
 
+    @property
+    def most_differences(self) -> int:
+        """Differences that Anderson acceleration can use: never more than there are updates."""
+        return min(self.window, self.updates)
+
     def solver_arguments(self, kind: type[Any]) -> dict[str, Any]:
         """The fields that are options of the solver class ``kind``."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(kind)}
 
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """All fields, in the order of an operator's schema."""
-        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+        return tuple([getattr(self, name) for name in FIELDS])
 
+
+#: Names of the fields, in their order.
+FIELDS = tuple(f.name for f in dataclasses.fields(SolveOptions))
 
 #: The fields as arguments of an operator's schema.
 SCHEMA = ", ".join(f"{f.type} {f.name}" for f in dataclasses.fields(SolveOptions))

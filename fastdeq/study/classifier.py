@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cells import AffineCell
-from ..choices import check_choice
+from ..errors import check_choice
 from ..layer import DEQLayer
 from ..weights import WEIGHTS
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ..choices import check_choice
+from ..errors import check_choice
 from ..solution import Solution
 from ..weights import WEIGHTS
 from .classifier import DEQClassifier

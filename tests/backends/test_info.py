@@ -6,7 +6,7 @@ import sys
 import torch
 
 import fastdeq
-from fastdeq import extension, info
+from fastdeq.backends import extension, report
 
 
 def run(*arguments):
@@ -27,8 +27,8 @@ def test_info_says_what_is_true_here():
         assert lines["GPU"].startswith("none")
         assert "unavailable" in lines['backend="triton"']
         assert "unavailable" in lines['backend="cuda"']
-    served = next(line for line in done.stdout.splitlines() if line.startswith("anderson_mix"))
-    assert served.split()[1] == ("cpp" if extension.module else "reference")
+    row = next(line for line in done.stdout.splitlines() if line.startswith("anderson_mix"))
+    assert row.split()[1] == ("cpp" if extension.module else "reference")
 
 
 def test_unknown_command_lists_the_known_ones():
@@ -51,9 +51,8 @@ WITHOUT_EXTENSION = """
 import sys
 sys.modules["fastdeq._C"] = None
 import torch, fastdeq
-from fastdeq import info, ops
-assert "missing" in info.report(), info.report()
-assert ops.serving("cpu") == "reference"
+from fastdeq.backends.report import report
+assert "missing" in report("1"), report("1")
 layer = fastdeq.DEQLayer(fastdeq.AffineCell(4, 6, scale=0.8), solver="anderson")
 layer(torch.randn(3, 4)).sum().backward()
 assert layer.last_solution.converged.all()
@@ -83,4 +82,4 @@ def test_report_names_the_mismatch_of_versions(monkeypatch):
     monkeypatch.setattr(extension, "module", object())
     built = {"compiler": "gcc", "torch": "2.11.0", "cuda": "no"}
     monkeypatch.setattr(extension, "build_info", built)
-    assert "built against torch 2.11.0 but running" in info.report()
+    assert "built against torch 2.11.0 but running" in report.report("1")

@@ -49,7 +49,7 @@ def test_an_interpreter_that_is_not_there():
     assert "there is no interpreter 'no-such-python'" in done.stderr
 
 
-def test_make_hands_its_interpreter_on():
+def test_make_passes_its_interpreter_on():
     done = subprocess.run(
         ["make", "--no-print-directory", "-n", "gpu", "PYTHON=/some/python"],
         cwd=ROOT,
@@ -89,7 +89,15 @@ def test_the_environment_sees_what_its_interpreter_sees(tmp_path):
     assert {"--no-index", "--no-deps", "--no-build-isolation"} < set(install)
 
 
-def test_a_dry_run_goes_all_the_way_and_is_marked(tmp_path, monkeypatch):
+def test_programs_run_in_this_environment_but_for_the_interpreter_of_triton(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = gpu_environment.environment(MORE="1")
+    assert (found["PYTHONPATH"], found["MORE"]) == ("/somewhere", "1")
+    assert "TRITON_INTERPRET" not in found
+
+
+def test_a_dry_run_goes_all_the_way_and_says_so(tmp_path, monkeypatch):
     kept = sorted((ROOT / "bench" / "results").iterdir())
     out = tmp_path / "out"
     out.mkdir()
@@ -99,7 +107,7 @@ def test_a_dry_run_goes_all_the_way_and_is_marked(tmp_path, monkeypatch):
     assert sorted((ROOT / "bench" / "results").iterdir()) == kept
     (results,) = out.glob("gpu-*.json")
     content = json.loads(results.read_text())
-    assert content["mark"] == gpu_bench.DRY_MARK
+    assert content["note"] == gpu_bench.DRY_NOTE
     assert content["skipped"] == []
     assert content["phases"]["benchmark"]["status"] == "passed"
     assert set(content["problems"]) == {gpu_bench.section_name(s) for s in gpu_bench.DRY_SPECS}
@@ -115,7 +123,7 @@ def test_a_dry_run_goes_all_the_way_and_is_marked(tmp_path, monkeypatch):
         assert all("CUDA tensors" in problem["left_out"][name] for name in engines)
     assert "fastdeq-certified" in content["problems"]["orthogonal 0.9 12x8"]["contestants"]
     report = (out / "report.txt").read_text().splitlines()
-    assert report[-1] == f"*** {gpu_bench.DRY_MARK} ***"
+    assert report[-1] == f"*** {gpu_bench.DRY_NOTE} ***"
     titles = [line for line in report if line.startswith("---")]
     assert titles[-1] == "--- time relative to the reference ---"
     assert {path.name for path in out.iterdir()} >= {"benchmark.log", "report.txt"}

@@ -178,7 +178,7 @@ def test_the_table_of_ratios_comes_last_and_names_the_stand_in():
         "eager-loop": as_on_a_gpu(2.0, 20, 200),
     }
     content = {
-        "mark": "",
+        "note": "",
         "machine": gpu_machine.describe(CPU),
         "skipped": ["dense 0.9 512x512: time ran out"],
         "ceilings": {"bandwidth": 3e12, "float32": 5e13, "bfloat16": 8e14},

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeq import reference
+from fastdeq.ops import anderson_mix
 
 OPTIONS = {
     "damping": 1.0,
@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
 
 def reference_mix(inputs: Inputs, **changes: float) -> Outputs:
     gram = inputs.gram.clone()
-    results = reference.anderson_mix(
+    results = anderson_mix.reference(
         inputs.f_history,
         inputs.g_history,
         gram,
@@ -86,7 +86,7 @@ def tolerance(inputs: Inputs, gram: Tensor, **changes: float) -> Tensor:
     p, unit = slots - 1, 2.0**-53
     older = (slot - torch.arange(1, slots)) % slots
     valid = torch.arange(1, slots) <= inputs.count.unsqueeze(1)
-    gamma, _ = reference._solve_small(
+    gamma, _ = anderson_mix._solve_small(
         gram, slot, older, valid, options["regularization"], options["rank_tolerance"]
     )
     kept = gamma != 0

@@ -95,6 +95,27 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in found}
 
 
+def check_resources(kernel: Any, arch: int, folder: Path, stack: int = 0) -> None:
+    """Nothing is spilled, and a block may have as much shared memory. ``stack``: so many bytes may
+    be put there before the first matrix instruction, to be read after the last."""
+    assert kernel.metadata.shared <= SHARED_LIMITS[arch]
+    found = resources(kernel, folder)
+    print(f"shared {kernel.metadata.shared}", found)
+    assert found["STACK"] <= stack
+    assert found["LOCAL"] == 0
+    if found["STACK"]:
+        import triton
+
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(Path(folder) / "kernel.cubin")]
+        report = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        at = {
+            name: [m.start() for m in re.finditer(rf"\b{name}\b", report.stdout)]
+            for name in ("STL", "LDL", "HMMA", "HGMMA")
+        }
+        products = sorted(at["HMMA"] + at["HGMMA"])
+        assert max(at["STL"]) < products[0] < products[-1] < min(at["LDL"])
+
+
 def ptxas_spills(report: str) -> dict[str, int]:
     """Bytes of stack and spills of each kernel in a report of ``ptxas -v``."""
     found = re.findall(

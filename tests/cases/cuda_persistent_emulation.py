@@ -8,23 +8,23 @@ import functools
 import os
 import subprocess
 import tempfile
-from ctypes import Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from engine_cases import Call, Case, Forward, Outputs
+from native_options import NativeOptions, native_options
 from paths import EMULATOR, ROOT
 
-from fastdeq import affine, driver
 from fastdeq.activations import ACTIVATIONS
-from fastdeq.solvers import HeavyBall, Solver
+from fastdeq.ops import solve_affine_adjoint, solve_common
+from fastdeq.solvers import HeavyBall, Solver, loop
 
 COMPILER = os.environ.get("CXX", "c++").split()
 TOL = {torch.float32: 1e-4, torch.float64: 1e-9}
 _INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _PLANNED = ("tile", "members", "groups", "tiles", "tile_rows", "tile_columns", "splits", "chunk")
-_OPTIONS = ("damping", "radius", "regularization", "rank_tolerance", "max_weight", "safeguard")
 
 
 class _Call(Structure):
@@ -32,9 +32,8 @@ class _Call(Structure):
         *((name, c_int64) for name in ("size", "batch")),
         *((name, c_void_p) for name in ("weight", "offset", "slope", "start")),
         *((name, c_int64) for name in ("output_stride", "input_stride")),
-        *((name, c_int32) for name in ("activation", "max_iter", "fixed", "patience", "momentum")),
-        ("window", c_int32),
-        *((name, c_double) for name in ("tol", *_OPTIONS, "accelerate_above")),
+        ("activation", c_int32),
+        ("options", NativeOptions),
         *((name, c_void_p) for name in ("value", "status", "iterations", "residual", "rejects")),
         ("value_slope", c_void_p),
         *((name, c_int32) for name in ("multiprocessors", "warps", "only_tile", "only_plan")),
@@ -107,16 +106,6 @@ def same(actual: Outputs, expected: Outputs, chosen: slice | list[int] = slice(N
     )
 
 
-def _solver_fields(solver: Solver, max_iter: int) -> dict[str, float]:
-    given = dataclasses.asdict(solver)
-    fixed = int(given.pop("fixed_iterations", 0))
-    updates = fixed or max_iter
-    window = min(int(given.pop("window", 0)), updates)
-    fields = {"damping": 1.0, "radius": 0.5, **given}
-    fields |= {"max_iter": updates, "fixed": fixed > 0, "window": window}
-    return fields | {"momentum": solver.name == "heavy_ball", "patience": solver.patience}
-
-
 @dataclasses.dataclass
 class Emulation:
     library: ctypes.CDLL = dataclasses.field(default_factory=lambda: load_harness("persistent"))
@@ -143,7 +132,7 @@ class Emulation:
         request = _Call(
             size=size,
             batch=batch,
-            window=window,
+            options=NativeOptions(window=window),
             only_plan=True,
             multiprocessors=device.multiprocessors,
             warps=device.warps,
@@ -156,7 +145,7 @@ class Emulation:
 
     def tightest(self, case: Case, call: Call, device: Device) -> Device:
         """The device with the least shared memory that will do: so many members to a group."""
-        dtype = affine.working_dtype(*case.tensors())
+        dtype = solve_common.working_dtype(*case.tensors())
         rows = case.injection if isinstance(case, Forward) else case.grad
         window = min(int(getattr(call.solver, "window", 0)), call.max_iter)
         low, high = 0, device.shared_bytes
@@ -181,13 +170,13 @@ class Emulation:
         seed: int = 0,
         skip: str = "",
     ) -> Outputs:
-        dtype = affine.working_dtype(*case.tensors())
+        dtype = solve_common.working_dtype(*case.tensors())
         forward = isinstance(case, Forward)
         rows = (case.injection if forward else case.grad).to(dtype)
         batch, size = rows.shape
         unit = None
         if not forward:
-            unit = affine.unit_rows(case.slope.to(dtype) * rows)
+            unit = solve_affine_adjoint.unit_rows(case.slope.to(dtype) * rows)
             rows = rows / unit.largest / unit.norm
         weight = case.weight.to(dtype)
         if 1 not in weight.stride():
@@ -197,7 +186,7 @@ class Emulation:
             "weight": weight,
             "offset": rows.contiguous(),
             "slope": None if forward else case.slope.to(dtype).contiguous(),
-            "start": None if start is None else driver.finite_rows(start.to(dtype)).contiguous(),
+            "start": None if start is None else loop.finite_rows(start.to(dtype)).contiguous(),
         }
         out = {
             "value": torch.full((batch, size), torch.nan, dtype=dtype),
@@ -216,14 +205,13 @@ class Emulation:
             output_stride=strides[0],
             input_stride=strides[1],
             activation=_INDEX[case.activation] if forward else -1,
-            tol=call.tol,
+            options=native_options(call.solver, call.tol, call.max_iter),
             multiprocessors=device.multiprocessors,
             warps=device.warps,
             only_tile=device.tile,
             shared_bytes=device.shared_bytes,
             seed=seed,
             skip=skip.encode(),
-            **_solver_fields(call.solver, call.max_iter),
             **{k: None if t is None else t.data_ptr() for k, t in (inputs | out).items()},
         )
         self._call(request, dtype)

@@ -1,7 +1,7 @@
 // Counts the memory requests of a process, by LD_PRELOAD; glibc only.
 //
 // Preloaded, these take the place of the C library's functions. operator new, PyTorch's allocator
-// and OpenMP call them. What is handed out stays glibc's, so free needs no counterpart.
+// and OpenMP call them. The memory stays glibc's, so free needs no counterpart.
 
 #include <atomic>
 #include <cerrno>

@@ -59,17 +59,17 @@ def main(threads: int) -> None:
         for direction, case in cases.items():
             for name, solver in SOLVERS.items():
                 planted = name == "picard" and size == 32 and threads == 1
-                for form in ("engine", "reference") if planted else ("engine",):
+                for implementation in ("engine", "reference") if planted else ("engine",):
                     requests, updates = {}, {}
                     for max_iter in (SHORT, LONG):
                         call = Call(solver, 0.0, max_iter, precision)
-                        solve = getattr(case, form)
+                        solve = getattr(case, implementation)
                         updates[max_iter] = int(solve(call).iterations.max())  # and warms up
                         requests[max_iter] = fewest_requests(lambda s=solve, c=call: s(c))
                     results.append(
                         {
                             "case": f"{direction}, {name}, {size}, {dtype}, {precision}",
-                            "form": form,
+                            "implementation": implementation,
                             "requests": list(requests.values()),
                             "updates": list(updates.values()),
                         }

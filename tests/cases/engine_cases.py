@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdeq import affine, driver
 from fastdeq.activations import ACTIVATIONS
-from fastdeq.solvers import Solver
+from fastdeq.solvers import SolveOptions, Solver, loop
 
 SUM = 2.0  # lambda
 
@@ -36,12 +35,17 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """What both directions pass to the operator and to the plain PyTorch form."""
+    """What both directions pass to the operator and to the plain PyTorch one."""
 
     solver: Solver
     tol: float = 1e-5
     max_iter: int = 100
     precision: str = "float32"
+
+    def options(self) -> SolveOptions:
+        return SolveOptions.of(
+            self.solver, tol=self.tol, max_iter=self.max_iter, precision=self.precision
+        )
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,21 @@ class Forward:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.weight, self.injection, *([] if self.start is None else [self.start])
 
-    def _arguments(self, call: Call) -> tuple:
+    def arguments(
+        self, call: Call, engine: str, slope: bool = True, bitwise_symmetric: bool = False
+    ) -> tuple:
+        """Those of the operator ``solve_affine``."""
         first = self.weight, self.injection, self.start, self.activation
-        return *first, *affine.encode(call.solver), call.tol, call.max_iter, call.precision
+        return *first, slope, bitwise_symmetric, engine, *call.options().arguments
+
+    def run(self, call: Call, engine: str, slope: bool = True) -> Outputs:
+        return Outputs(*torch.ops.fastdeq.solve_affine(*self.arguments(call, engine, slope))[:6])
 
     def engine(self, call: Call, slope: bool = True) -> Outputs:
-        return Outputs(*torch.ops.fastdeq.solve_affine(*self._arguments(call), slope)[:6])
+        return self.run(call, "cpp", slope)
 
     def reference(self, call: Call, slope: bool = True) -> Outputs:
-        return Outputs(*affine.solve_affine(*self._arguments(call), slope)[:6])
+        return self.run(call, "reference", slope)
 
     def double(self) -> Forward:
         start = None if self.start is None else self.start.double()
@@ -98,7 +108,7 @@ class Forward:
 
     def initial(self) -> Tensor:
         rows = torch.zeros_like(self.injection) if self.start is None else self.start
-        return driver.finite_rows(rows.double())
+        return loop.finite_rows(rows.double())
 
     def scale(self) -> Tensor:
         return torch.ones(len(self.injection), 1, dtype=torch.float64)
@@ -113,14 +123,24 @@ class Adjoint:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.weight, self.slope, self.grad
 
-    def _arguments(self, call: Call) -> tuple:
-        return *self.tensors(), *affine.encode(call.solver), call.tol, call.max_iter, call.precision
+    def arguments(
+        self,
+        call: Call,
+        engine: str,
+        packed: Tensor | None = None,
+        bitwise_symmetric: bool = False,
+    ) -> tuple:
+        """Those of the operator ``solve_affine_adjoint``."""
+        return *self.tensors(), packed, bitwise_symmetric, engine, *call.options().arguments
+
+    def run(self, call: Call, engine: str) -> Outputs:
+        return Outputs(*torch.ops.fastdeq.solve_affine_adjoint(*self.arguments(call, engine)))
 
     def engine(self, call: Call) -> Outputs:
-        return Outputs(*torch.ops.fastdeq.solve_affine_adjoint(*self._arguments(call)))
+        return self.run(call, "cpp")
 
     def reference(self, call: Call) -> Outputs:
-        return Outputs(*affine.solve_affine_adjoint(*self._arguments(call)))
+        return self.run(call, "reference")
 
     def double(self) -> Adjoint:
         return Adjoint(*(t.double() for t in self.tensors()))

@@ -11,10 +11,10 @@ import torch
 from engine_cases import Call, Case, Outputs
 from torch import Tensor
 
-from fastdeq import affine, driver
+from fastdeq.constants import RESIDUAL_EPS
+from fastdeq.ops import solve_common
 from fastdeq.solution import Status
-from fastdeq.solvers import Anderson, Solver
-from fastdeq.solvers.base import RESIDUAL_EPS
+from fastdeq.solvers import Anderson, Solver, loop
 
 EPS = RESIDUAL_EPS
 # Rounding reaches the weights of Anderson acceleration magnified by the condition of its least
@@ -23,7 +23,7 @@ AMPLIFICATION = 3.0
 
 
 def unit_of(case: Case) -> float:
-    return torch.finfo(affine.working_dtype(*case.tensors())).eps / 2
+    return torch.finfo(solve_common.working_dtype(*case.tensors())).eps / 2
 
 
 def true_residual(case: Case, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ def residual_history(case: Case, solver: Solver, updates: int) -> Tensor:
         history.append((value - z).norm(dim=1) / (value.norm(dim=1) + EPS))
         return value
 
-    driver.solve(
+    loop.solve(
         f,
         case.initial(),
         solver,
@@ -85,7 +85,7 @@ def legitimate_iterations(case: Case, call: Call, noise: Tensor) -> tuple[Tensor
 
 def check_agreement(case: Case, call: Call, actual: Outputs, expected: Outputs) -> None:
     """Both converged, in as many iterations as rounding allows, to values that close."""
-    dtype = affine.working_dtype(*case.tensors())
+    dtype = solve_common.working_dtype(*case.tensors())
     assert actual.value.dtype == expected.value.dtype
     assert actual.residual.dtype == dtype
     assert actual.value.is_contiguous()

@@ -11,8 +11,8 @@ import torch
 from engine_cases import Call, make_adjoint, make_forward, perturbed
 from engine_checks import check_agreement
 
-from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
+from fastdeq.backends import extension
 from fastdeq.solvers import Anderson, Picard
 
 SIZES = (1, 3, 15, 16, 17, 33, 70, 130, 513)

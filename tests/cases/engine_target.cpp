@@ -48,16 +48,14 @@ void picard(int64_t size, int64_t batch, const T* weight, const T* rows, const T
   task.injection = rows;
   task.slope = slope;
   task.activation = activation;
-  task.tol = tol;
-  task.residual_eps = 1e-9;
-  task.max_iter = max_iter;
-  task.patience = 50;
+  task.options.tol = tol;
+  task.options.max_iter = int32_t(max_iter);
   task.value = value;
   task.value_slope = slope == nullptr ? value_slope : nullptr;
   task.status = status;
   task.iterations = iterations;
   task.residual = residual;
-  task.lines = batch < 4 ? batch : 4;
+  task.slots = batch < 4 ? batch : 4;
   const int64_t outputs = (size + 63) / 64 * 64;  // no panel has more padding
   const auto packed = aligned(outputs * size * int64_t(sizeof(T)));
   const auto scratch = aligned(engine<T>().scratch_bytes(task));

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdeq import affine
+from fastdeq.ops import solve_affine_adjoint
 
 DTYPES = (torch.float32, torch.float64)
 SIZES = (1, 2, 31, 32, 33, 70, 257, 300)
@@ -55,7 +55,7 @@ def usable_rows(slope: Tensor, grad: Tensor) -> Tensor:
 
 
 def check_scaled(slope: Tensor, grad: Tensor, rows: Tensor, norm: Tensor, largest: Tensor) -> None:
-    """Against fastdeq.affine and float64; a factor or an entry that is off by 8 eps is seen."""
+    """Against the reference and float64; a factor or an entry that is off by 8 eps is seen."""
     eps = torch.finfo(slope.dtype).eps
     usable = usable_rows(slope, grad)
     assert norm.shape == largest.shape == usable.shape
@@ -66,7 +66,7 @@ def check_scaled(slope: Tensor, grad: Tensor, rows: Tensor, norm: Tensor, larges
     dead = (slope == 0).all(1, keepdim=True)
     g = torch.where((slope == 0) | dead | ~usable, 0.0, grad)
     d = torch.where(usable, slope, 0.0)
-    expected = affine.unit_rows(d * g, least=1e-30 * g.abs().amax(1, keepdim=True))
+    expected = solve_affine_adjoint.unit_rows(d * g, least=1e-30 * g.abs().amax(1, keepdim=True))
     # The same products and maxima, each rounded once: equal.
     assert torch.equal(largest[usable], expected.largest[usable])
     # The reference sums in its own dtype: n eps. In float64 the sum is good to an eps of float32.

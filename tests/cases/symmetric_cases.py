@@ -6,7 +6,7 @@ from engine_cases import Adjoint, Forward
 from fastdeq.activations import ACTIVATIONS
 
 MONOTONE = [name for name, phi in ACTIVATIONS.items() if phi.monotone]
-FORMS = ("engine", "reference")
+IMPLEMENTATIONS = ("engine", "reference")
 
 
 def symmetric_weight(size, radius, dtype=torch.float64):

@@ -1,6 +1,6 @@
-"""Whole solves through the advance kernels of the symmetric solvers, and what they did on the way.
+"""Whole solves through the kernels of the symmetric solvers, and what they did on the way.
 
-A form is called like those of engine_cases.py. Memory that a solve allocates is full of NaN.
+Problems and outputs are those of engine_cases.py. Memory that a solve allocates is full of NaN.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 from engine_cases import Call, Outputs
-from fastdeq.kernels import sample, solve_affine
 from fastdeq.kernels.activations import INDEX
+from fastdeq.kernels.steps import engine, sample
 from torch import Tensor
 
-from fastdeq import affine
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.solvers import SOLVERS
 
@@ -24,30 +23,31 @@ def column(name: str) -> int:
 
 
 class Seen(NamedTuple):
-    """After evaluation k: MODE and WANTED of each sample, MADE, and rows that were asked for."""
+    """After evaluation k: MODE, REQUESTED and EVALUATED of each sample, and rows asked for."""
 
     mode: Tensor
-    wanted: Tensor
-    made: Tensor
+    requested: Tensor
+    evaluated: Tensor
     rows: Tensor | None
 
 
 class Recorder:
-    """Watches a method; ``after(k, method)``, if given, may tamper with it."""
+    """Watches the steps of a solver; ``after(k, steps)``, if given, may tamper with them."""
 
-    def __init__(self, method, after=None, row=None):
-        self.method, self.after, self.row, self.seen = method, after, row, []
+    def __init__(self, steps, after=None, row=None):
+        self.steps, self.after, self.row, self.seen = steps, after, row, []
 
     def __getattr__(self, name):
-        return getattr(self.method, name)
+        return getattr(self.steps, name)
 
     def advance(self, k):
-        self.method.advance(k)
+        self.steps.advance(k)
         if self.after is not None:
-            self.after(k, self.method)
-        flags = self.method.samples.flags.cpu().clone()
-        rows = None if self.row is None else self.method.work[self.row].cpu().clone()
-        self.seen.append(Seen(*(flags[:, column(n)] for n in ("MODE", "WANTED", "MADE")), rows))
+            self.after(k, self.steps)
+        flags = self.steps.samples.flags.cpu().clone()
+        rows = None if self.row is None else self.steps.work[self.row].cpu().clone()
+        kinds = (flags[:, column(n)] for n in ("MODE", "REQUESTED", "EVALUATED"))
+        self.seen.append(Seen(*kinds, rows))
 
 
 @contextlib.contextmanager
@@ -61,22 +61,22 @@ def poisoned():
         torch.use_deterministic_algorithms(before)
 
 
-def stand_in(samples, weight, narrow, point, value, residual, activation, at_zero):
-    """What kernels/affine_step.py does, in PyTorch; narrow rows do not wait for their tile."""
-    del residual
-    wanted = samples.flags[:, column("WANTED")]
+def stand_in(samples, weight, low_weight, point, value, residual, activation, *, at_zero, product):
+    """What steps/affine_step.py does, in PyTorch; LOW rows do not wait for their tile."""
+    del residual, product
+    requested = samples.flags[:, column("REQUESTED")]
     runs, rounded, direct = (
         rows.unsqueeze(1)
         for rows in (
-            wanted != sample.STOPPED.value,
-            wanted == sample.NARROW.value,
-            wanted == sample.PRODUCT.value,
+            requested != sample.STOPPED.value,
+            requested == sample.LOW.value,
+            requested == sample.PRODUCT.value,
         )
     )
     product = torch.zeros_like(point) if at_zero else point @ weight.t()
     pre = product + samples.offset
-    if narrow is not None:
-        change = samples.change.float() @ narrow.float().t()
+    if low_weight is not None:
+        change = samples.change.float() @ low_weight.float().t()
         pre = torch.where(rounded, samples.pre + change, pre)
     if samples.slope is not None:
         result = samples.slope * pre
@@ -90,41 +90,41 @@ def stand_in(samples, weight, narrow, point, value, residual, activation, at_zer
     samples.sums.copy_(torch.where(iterates.unsqueeze(2), spread, samples.sums))
     samples.pre.copy_(torch.where(iterates, pre, samples.pre))
     value.copy_(torch.where(runs, torch.where(direct, product, result), value))
-    made = samples.flags[:, column("MADE")]
-    made.copy_(torch.where(runs.squeeze(1), wanted, made))
+    evaluated = samples.flags[:, column("EVALUATED")]
+    evaluated.copy_(torch.where(runs.squeeze(1), requested, evaluated))
 
 
 def run(case, call: Call, device: str, monkeypatch, *, after=None, row=None, step=stand_in):
     """The outputs of a case of engine_cases.py, and what a Recorder saw. Evaluations are made by
     ``step``, None for the kernel of affine_step.py."""
-    name, options = affine.encode(call.solver)
-    entry, made = solve_affine.METHODS[name], []
+    options, recorders = call.options(), []
+    kind = engine.SOLVER_STEPS[options.solver]
 
-    def make(problem):
-        made.append(Recorder(entry.make(problem), after, row))
-        return made[-1]
+    class Recorded(kind):
+        def __new__(cls, *arguments):
+            recorders.append(Recorder(kind(*arguments), after, row))
+            return recorders[-1]
 
     with monkeypatch.context() as patch, poisoned():
-        patch.setitem(solve_affine.METHODS, name, entry._replace(make=make))
+        patch.setitem(engine.SOLVER_STEPS, options.solver, Recorded)
         if step is not None:
-            patch.setattr(solve_affine.step, "affine_step", step)
+            patch.setattr(engine.step, "affine_step", step)
         tensors = [t.to(device) for t in case.tensors()]
-        common = (name, options, call.tol, call.max_iter, call.precision)
-        if SOLVERS[name].linear:
-            outputs = solve_affine.solve_affine_adjoint(*tensors, *common)
+        if SOLVERS[options.solver].linear:
+            outputs = engine.solve_affine_adjoint(*tensors, options)
         else:
             w, c, *start = tensors
             start = start[0] if start else None
-            outputs = solve_affine.solve_affine(w, c, start, case.activation, *common, True)[:6]
-    return Outputs(*(t.cpu() for t in outputs)), made[0].seen
+            outputs = engine.solve_affine(w, c, start, case.activation, True, options)
+    return Outputs(*(t.cpu() for t in outputs)), recorders[0].seen
 
 
-# Modes of fastdeq/solvers/{energy,minres}.py in the terms of sample.py.
+# Modes of fastdeq/solvers/{energy,minres}.py as sample.py names them.
 MODES = ("MOMENTUM", "OPEN", "DIRECTION", "TRIAL")
 
 
 def reference_modes(case, call: Call):
-    """The outputs of the reference form, and the mode of each sample after each of its steps."""
+    """The outputs of the reference, and the mode of each sample after each of its steps."""
     kind, seen = type(call.solver), []
 
     class Watched(kind):
@@ -144,18 +144,18 @@ def reference_modes(case, call: Call):
 
 
 def first_differences(case, call: Call, device: str, monkeypatch, **options):
-    """The outputs, and for each sample the first k after which it is in another mode, or wants
-    another kind of evaluation, than in the reference form; the number of its iterations where there
-    is none. The reference form is taken in float32 or in float64, whichever it follows longer:
+    """The outputs, and for each sample the first k after which it is in another mode, or requests
+    another kind of evaluation, than in the reference; the number of its iterations where there
+    is none. The reference is taken in float32 or in float64, whichever it follows longer:
     where these two part, a decision was close."""
     outputs, seen = run(case, call, device, monkeypatch, **options)
     longest = torch.zeros_like(outputs.iterations)
-    for form in (case, case.double()):
-        expected, modes = reference_modes(form, call)
+    for problem in (case, case.double()):
+        expected, modes = reference_modes(problem, call)
         follows, length = torch.ones_like(longest, dtype=torch.bool), torch.zeros_like(longest)
         for k, (one, other) in enumerate(zip(seen, modes, strict=False)):
             products = one.mode == column("DIRECTION")
-            alike = (one.mode == other) & ((one.wanted == sample.PRODUCT.value) == products)
+            alike = (one.mode == other) & ((one.requested == sample.PRODUCT.value) == products)
             goes_on = (k < outputs.iterations) & (k < expected.iterations)
             follows = follows & alike & goes_on
             length += follows

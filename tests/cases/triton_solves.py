@@ -7,9 +7,8 @@ import dataclasses
 import torch
 from engine_cases import Call, Forward, Outputs, make_adjoint, make_forward
 from engine_checks import true_residual, unit_of
-from fastdeq.kernels import solve_affine as engine
+from fastdeq.kernels.steps import engine as steps_engine
 
-from fastdeq import affine, reference
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.solution import Status
 from fastdeq.solvers import Anderson, Picard
@@ -25,30 +24,32 @@ MAKERS = (make_forward, make_adjoint)
 CALL = Call(Picard(), tol=1e-4, max_iter=60)
 
 
+def name_of(x) -> str:
+    """The end of a test's name, the same in every process."""
+    return getattr(x, "__name__", str(x))
+
+
 class Engine:
-    """Solves one of engine_cases' problems in Triton, on the device under test."""
+    """Solves one of engine_cases' problems with a Triton engine, on the device under test."""
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self, device, engine=steps_engine):
+        self.device, self.engine = device, engine
 
-    def __call__(self, case, call, **more):
-        tensors = {
-            f.name: getattr(case, f.name)
-            for f in dataclasses.fields(case)
-            if isinstance(getattr(case, f.name), torch.Tensor)
-        }
-        moved = dataclasses.replace(case, **{n: t.to(self.device) for n, t in tensors.items()})
-        form = engine.solve_affine if isinstance(case, Forward) else engine.solve_affine_adjoint
-        outputs = [t.cpu() for t in form(*moved._arguments(call), **more)]
+    def __call__(self, case, call, *, slope=False):
+        options = call.options()
+        w, *tensors = (t.to(self.device) for t in case.tensors())
         if isinstance(case, Forward):
-            assert outputs.pop().numel() == 0  # packed
-        return Outputs(*outputs)
+            c, *start = tensors
+            start = start[0] if start else None
+            outputs = self.engine.solve_affine(w, c, start, case.activation, slope, options)
+        else:
+            outputs = self.engine.solve_affine_adjoint(w, *tensors, options)
+        return Outputs(*(t.cpu() for t in outputs))
 
 
-def plain(case, call):
-    form = affine.solve_affine if isinstance(case, Forward) else affine.solve_affine_adjoint
-    outputs = form(*case._arguments(call), anderson_mix=reference.anderson_mix)
-    return Outputs(*outputs[:5])
+def plain(case, call, slope=False):
+    """The reference."""
+    return case.reference(call, slope) if isinstance(case, Forward) else case.reference(call)
 
 
 def call_for(solver, **changes):

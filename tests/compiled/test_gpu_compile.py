@@ -27,6 +27,8 @@ CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # What every block may use without asking the driver for more.
 SHARED_LIMIT = 48 * 1024
 
+pytestmark = pytest.mark.compiled
+
 
 def compile_mix(arch, dtype, slots, size, *, damped=True, layout="aligned", **more):
     """The Triton anderson_mix compiled for one architecture, as its launcher would have it."""
@@ -41,7 +43,7 @@ def compile_mix(arch, dtype, slots, size, *, damped=True, layout="aligned", **mo
     aligned = []
     pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
     if layout == "aligned":  # as a solver stores its history when 16 divides n
-        aligned = ["size", "f_stride_slot", "f_stride_batch", "g_stride_slot", "g_stride_batch"]
+        aligned = ["size", "f_stride_place", "f_stride_batch", "g_stride_place", "g_stride_batch"]
         aligned += pointers
     signature = dict.fromkeys(pointers, f"*{dtype}")
     signature |= {"gram_ptr": "*fp64", "count_ptr": "*i32", "dropped_ptr": "*i32"}

@@ -1,4 +1,4 @@
-"""The CPU engine against its specification, fastdeq.affine, and what it refuses."""
+"""The CPU engine against its specification, the reference, and what it refuses."""
 
 import random
 
@@ -7,8 +7,8 @@ import torch
 from engine_cases import Adjoint, Call, Forward, make_adjoint, make_forward, perturbed
 from engine_checks import check_agreement, unit_of
 
-from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
+from fastdeq.backends import extension
 from fastdeq.solution import Status
 from fastdeq.solvers import Anderson, Neumann, Picard
 
@@ -166,15 +166,17 @@ def test_overflow_ends_nonfinite_with_the_best_finite_iterate(solver):
 
 
 # |f|^2 overflows an iterate before |f - z|^2 does: "finite / inf = 0" would end such a solve.
-@pytest.mark.parametrize("form", ["engine", "reference"])
+@pytest.mark.parametrize("implementation", ["engine", "reference"])
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 @pytest.mark.parametrize("scale", [2.5, 3.0, 4.0])
-def test_a_solve_that_diverges_is_never_taken_for_one_that_converged(scale, precision, form):
+def test_a_solve_that_diverges_is_never_taken_for_one_that_converged(
+    scale, precision, implementation
+):
     weight = scale * torch.randn(128, 128) / 128**0.5
     c = torch.randn(64, 128)
     forward = [Forward(weight, c, activation) for activation in ("relu", "elu", "identity")]
     for case in (*forward, Adjoint(weight, torch.ones_like(c), c)):
-        outputs = getattr(case, form)(Call(Picard(), 1e-4, 100, precision))
+        outputs = getattr(case, implementation)(Call(Picard(), 1e-4, 100, precision))
         assert (outputs.status != Status.CONVERGED).all()
         assert (outputs.residual > 1e-4).all()
         assert outputs.value.isfinite().all()
@@ -191,11 +193,11 @@ def test_rejects_of_samples_that_end_nonfinite():
     assert torch.equal(actual.rejects, expected.rejects)
 
 
-@pytest.mark.parametrize("form", ["engine", "reference"])
-def test_a_gradient_whose_norm_overflows_stays_finite(form):
+@pytest.mark.parametrize("implementation", ["engine", "reference"])
+def test_a_gradient_whose_norm_overflows_stays_finite(implementation):
     grad = torch.full((1, 100), 1e38)
     case = Adjoint(torch.zeros(100, 100), torch.ones(1, 100), grad)
-    torch.testing.assert_close(getattr(case, form)(Call(Neumann())).value, grad)
+    torch.testing.assert_close(getattr(case, implementation)(Call(Neumann())).value, grad)
 
 
 def test_a_weight_with_nan_ends_nonfinite():

@@ -10,7 +10,7 @@ import sys
 import pytest
 from paths import CASES
 
-from fastdeq import extension
+from fastdeq.backends import extension
 
 COMPILER = os.environ.get("CXX", "c++").split()
 pytestmark = [
@@ -50,13 +50,13 @@ def count(counter, threads):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_longer_solve_asks_for_memory_no_more_often(counter, threads):
     results = count(counter, threads)
-    assert threads > 1 or any(result["form"] == "reference" for result in results)
+    assert threads > 1 or any(result["implementation"] == "reference" for result in results)
     for result in results:
         few, many = result["requests"]
         short, long = result["updates"]
         assert long >= 10 * short, result  # there is a loop to speak of
         assert few > 0, result  # the counter counts
-        if result["form"] == "engine":
+        if result["implementation"] == "engine":
             assert few == many, result
         else:  # plain PyTorch takes memory in every iteration: such a loop would be seen
             assert many > few + long, result

@@ -1,12 +1,14 @@
 """The solves of the CPU engine as operators: what they pass on, declare and refuse."""
 
+import dataclasses
+
 import pytest
 import torch
-from engine_cases import Call, make_adjoint, make_forward
+from engine_cases import Adjoint, Call, Forward, make_adjoint, make_forward
 
-from fastdeq import extension
-from fastdeq.affine import encode
-from fastdeq.solvers import GMRES, Anderson, Picard
+from fastdeq import BackendError
+from fastdeq.backends import extension
+from fastdeq.solvers import GMRES, Anderson, Neumann, Picard, SolveOptions
 
 pytestmark = pytest.mark.skipif(
     extension.module is None, reason=f"no compiled extension: {extension.why_missing}"
@@ -18,7 +20,7 @@ def test_gmres_is_left_to_the_reference(dtype):
     case = make_adjoint(5, 24, dtype, rows="strided")
     for restart in (3, 30):
         call = Call(GMRES(restart), 1e-4, 60)
-        actual, expected = case.engine(call), case.reference(call)
+        actual, expected = case.run(call, "auto"), case.reference(call)
         for a, e in zip(actual[:5], expected[:5], strict=True):
             assert torch.equal(a, e)
 
@@ -27,49 +29,51 @@ def test_gmres_is_left_to_the_reference(dtype):
 @pytest.mark.parametrize("solver", [Picard(), Anderson(accelerate_above=0.7)], ids=str)
 def test_opcheck(solver, precision):
     forward, adjoint = make_forward(3, 17, torch.float32), make_adjoint(3, 17, torch.float32)
-    last = *encode(solver), 1e-4, 20, precision
+    call = Call(solver, 1e-4, 20, precision)
     for slope in (True, False):
-        arguments = forward.weight, forward.injection, None, "tanh", *last, slope
+        arguments = forward.arguments(call, "cpp", slope)
         torch.library.opcheck(torch.ops.fastdeq.solve_affine.default, arguments)
-    torch.library.opcheck(
-        torch.ops.fastdeq.solve_affine_adjoint.default, (*adjoint.tensors(), *last)
-    )
+    arguments = adjoint.arguments(call, "cpp")
+    torch.library.opcheck(torch.ops.fastdeq.solve_affine_adjoint.default, arguments)
 
 
 W, C = torch.eye(4) / 2, torch.ones(3, 4)
+PICARD = SolveOptions.of(Picard(), tol=1e-3, max_iter=9)
 BAD_FORWARD = {
     "weight must be": {"weight": torch.eye(5)},
     "injection must be": {"injection": torch.ones(4)},
     "start must be": {"start": torch.ones(2, 4)},
     "floating-point": {"injection": C.int()},
     "unknown activation": {"activation": "tanhh"},
-    "unknown solver": {"solver": "newton"},
-    "takes 2 options": {"options": [1.0, 2.0, 3.0]},
-    "takes 7 options": {"solver": "anderson", "options": [5.0]},
-    "window": {"solver": "anderson", "options": [0.0, *encode(Anderson())[1][1:]]},
+    "have no solver .newton.": {"solver": "newton"},
+    "fixed_iterations is -1": {"fixed_iterations": -1},
+    "window": {"solver": "anderson", "window": 0},
     "precision must be": {"precision": "bfloat16"},
     "max_iter is -1": {"max_iter": -1, "tol": 10.0},  # where the tolerance ends it at once
-    "max_iter is 0": {"max_iter": 0, "solver": "anderson", "options": encode(Anderson())[1]},
+    "max_iter is 0": {"max_iter": 0, "solver": "anderson", "window": 5},
 }
 
 
 @pytest.mark.parametrize("message", BAD_FORWARD)
 def test_bad_arguments_of_the_forward_solve(message):
-    given = {
-        "weight": W,
-        "injection": C,
-        "start": None,
-        "activation": "tanh",
-        "solver": "picard",
-        "options": [1.0, 0.0],
-        "tol": 1e-3,
-        "max_iter": 9,
-        "precision": "auto",
-        **BAD_FORWARD[message],
-    }
-    # Unknown solvers are left to the plain PyTorch form, which raises ValueError.
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        torch.ops.fastdeq.solve_affine(*given.values())
+    fixed = {"weight": W, "injection": C, "start": None, "activation": "tanh"}
+    fixed |= {"with_slope": True, "bitwise_symmetric": False, "engine": "cpp"}
+    given = {**fixed, **dataclasses.asdict(PICARD), **BAD_FORWARD[message]}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastdeq.solve_affine(**given)
+
+
+@pytest.mark.parametrize("engine", ["reference", "auto"])
+def test_an_unknown_solver_is_named_with_those_that_there_are(engine):
+    options = dataclasses.replace(PICARD, solver="newton").arguments
+    with pytest.raises(ValueError, match=r"'newton'.*picard|picard.*'newton'"):
+        torch.ops.fastdeq.solve_affine(W, C, None, "tanh", False, False, engine, *options)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_an_operator_given_a_backend_that_cannot_be_had_says_so(backend):
+    with pytest.raises(BackendError, match=f"backend='{backend}' is not available"):
+        torch.ops.fastdeq.solve_affine(W, C, None, "tanh", False, False, backend, *PICARD.arguments)
 
 
 BAD_ADJOINT = {
@@ -82,16 +86,26 @@ BAD_ADJOINT = {
 
 @pytest.mark.parametrize("message", BAD_ADJOINT)
 def test_bad_arguments_of_the_adjoint_solve(message):
+    arguments = Adjoint(*BAD_ADJOINT[message]).arguments(Call(Neumann(), 1e-3, 9), "cpp")
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastdeq.solve_affine_adjoint(
-            *BAD_ADJOINT[message], "neumann", [1.0, 0.0], 1e-3, 9
-        )
+        torch.ops.fastdeq.solve_affine_adjoint(*arguments)
 
 
-@pytest.mark.parametrize("batch", [0, 3])
-def test_unknown_precision_is_refused_whoever_solves(batch):
-    """The engine leaves GMRES, and empty batches, to the plain PyTorch form."""
-    grad = torch.ones(batch, 4)
-    for name, options in (("neumann", [1.0, 0.0]), encode(GMRES())):
-        with pytest.raises(RuntimeError, match="precision must be"):
-            torch.ops.fastdeq.solve_affine_adjoint(W, grad, grad, name, options, 1e-3, 9, "half")
+@pytest.mark.parametrize("engine", ["cpp", "reference", "auto"])
+def test_unknown_precision_is_refused_by_every_engine(engine):
+    *arguments, options = Adjoint(W, C, C).tensors(), PICARD.arguments
+    options = ["half" if option == "auto" else option for option in options]
+    with pytest.raises((RuntimeError, ValueError), match="precision must be"):
+        torch.ops.fastdeq.solve_affine_adjoint(*arguments[0], None, False, engine, *options)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_nothing_to_solve(shape):
+    """No layer asks the engine for it, and it is calm all the same."""
+    for precision in ("auto", "mixed"):
+        call = Call(Anderson(), precision=precision)
+        w, c = torch.zeros(shape[1], shape[1]), torch.ones(shape)
+        for outputs in (Forward(w, c).engine(call), Adjoint(w, c, c).engine(call)):
+            assert outputs.value.shape == shape
+            assert outputs.status.tolist() == [0] * shape[0]
+            assert outputs.residual.tolist() == [0.0] * shape[0]

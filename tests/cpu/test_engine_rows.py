@@ -8,8 +8,8 @@ import torch
 from engine_cases import Adjoint, Call, Forward, make_adjoint, make_forward
 from engine_checks import unit_of
 
-from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
+from fastdeq.backends import extension
 from fastdeq.solution import Status
 from fastdeq.solvers import Anderson, Neumann, Picard
 
@@ -112,8 +112,8 @@ def test_solves_at_the_same_time_do_not_meet():
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
-def test_bad_and_slow_samples_leave_their_mates_alone(solver, kind, count, threads):
-    """Among them samples that end at once, so that others take over their places."""
+def test_bad_and_slow_samples_leave_the_others_alone(solver, kind, count, threads):
+    """Among them samples that end at once, so that others get their slots."""
     threads(count)
     size, batch = 40, 2 * BATCH
     call = call_for(solver, kind)
@@ -193,7 +193,7 @@ def test_the_slope_check_sees_the_slope_of_another_iterate():
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
-def test_no_slope_where_none_is_wanted_or_the_sample_failed(solver, kind):
+def test_no_slope_where_none_is_requested_or_the_sample_failed(solver, kind):
     case = make_forward(7, 20, kind[0])
     assert case.engine(call_for(solver, kind), slope=False).value_slope.shape == (0,)
     case.injection[2, 3] = torch.nan

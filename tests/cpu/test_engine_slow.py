@@ -1,10 +1,11 @@
-"""Slow modes and badly scaled slopes: what the ramp and the scaling of adjoints must not hide."""
+"""Slow modes and badly scaled slopes, which low precision and scaled adjoints must not hide."""
 
 import pytest
 import torch
+from engine_cases import Adjoint, Call, Forward
 
-from fastdeq import AffineCell, DEQLayer, extension
-from fastdeq.affine import encode, solve_affine_adjoint
+from fastdeq import AffineCell, DEQLayer
+from fastdeq.backends import extension
 from fastdeq.solvers import Anderson, Neumann
 
 pytestmark = pytest.mark.skipif(
@@ -24,10 +25,8 @@ def test_a_slow_mode_of_any_amplitude_is_accelerated(precision, tol):
     weight = q @ torch.diag(eigenvalues) @ q.T
     amplitudes = torch.logspace(-6, 0, 60)[:, None]
     c = torch.randn(60, d) @ (torch.eye(d) - torch.outer(q[:, 0], q[:, 0])) + amplitudes * q[:, 0]
-    name, options = encode(Anderson(accelerate_above=0.9))
-    _, status, iterations, *_ = torch.ops.fastdeq.solve_affine(
-        weight, c, None, "identity", name, options, tol, 500, precision, False
-    )
+    call = Call(Anderson(accelerate_above=0.9), tol, 500, precision)
+    _, status, iterations, *_ = Forward(weight, c, "identity").engine(call)
     assert (status == 0).all()
     assert iterations.max() <= 60
     assert iterations.float().mean() <= 25
@@ -54,18 +53,18 @@ def test_a_saturated_sample_does_not_spoil_the_gradient(activation, backend):
     assert all(p.grad.isfinite().all() for p in cell.parameters())
 
 
-@pytest.mark.parametrize("form", ["engine", "reference"])
-def test_slopes_far_below_the_stop_test_still_give_a_gradient(form):
-    solve = torch.ops.fastdeq.solve_affine_adjoint if form == "engine" else solve_affine_adjoint
+@pytest.mark.parametrize("engine", ["cpp", "reference"])
+def test_slopes_far_below_the_stop_test_still_give_a_gradient(engine):
     slope, grad = torch.full((2, 4), 1e-14), torch.randn(2, 4)
-    q, status, *_ = solve(0.5 * torch.eye(4), slope, grad, *encode(Neumann()), 1e-4, 50)
+    call = Call(Neumann(), 1e-4, 50, "auto")
+    q, status, *_ = Adjoint(0.5 * torch.eye(4), slope, grad).run(call, engine)
     assert (status == 0).all()
     torch.testing.assert_close(q, slope * grad)
 
 
-@pytest.mark.parametrize("form", ["engine", "reference"])
-def test_a_gradient_where_the_slope_is_zero_does_not_set_the_scale(form):
-    solve = torch.ops.fastdeq.solve_affine_adjoint if form == "engine" else solve_affine_adjoint
+@pytest.mark.parametrize("engine", ["cpp", "reference"])
+def test_a_gradient_where_the_slope_is_zero_does_not_set_the_scale(engine):
     slope, grad = torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[1e-30, 1e10, 2e-30]])
-    q, *_ = solve(torch.zeros(3, 3), slope, grad, *encode(Neumann()), 1e-4, 50)
+    call = Call(Neumann(), 1e-4, 50, "auto")
+    q, *_ = Adjoint(torch.zeros(3, 3), slope, grad).run(call, engine)
     torch.testing.assert_close(q, slope * grad, rtol=1e-4, atol=0)

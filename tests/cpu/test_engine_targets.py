@@ -13,8 +13,8 @@ from engine_checks import check_agreement
 from engine_self_check import SIZES, check_vector_functions
 from paths import CASES, ROOT
 
-from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
+from fastdeq.backends import extension
 from fastdeq.solvers import Picard
 
 COMPILER = os.environ.get("CXX", "c++").split()
@@ -45,8 +45,8 @@ def test_lower_capability(capability):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = extension.build_info["engine"].partition("compiled in: ")[2].split()
-    wanted = "avx2" if capability == "avx2" and "avx2" in compiled else "generic"
-    assert done.stdout.split()[-1] == wanted
+    expected = "avx2" if capability == "avx2" and "avx2" in compiled else "generic"
+    assert done.stdout.split()[-1] == expected
 
 
 class Engine:
@@ -132,8 +132,8 @@ def test_avx2_comparison_sees_a_planted_error(avx2, make):
         check_agreement(case, call, avx2.solve(perturbed(case, "row"), call), case.reference(call))
 
 
-def test_avx2_lines_are_free_of_those_before(avx2):
-    """Four lines serve all samples in turn: NaN must not stay in one."""
+def test_avx2_slots_are_free_of_those_before(avx2):
+    """Four slots take all samples in turn: NaN must not stay in one."""
     case, call = make_forward(40, 21, torch.float32), Call(Picard(), 1e-4, 90)
     clean = avx2.solve(case, call)
     bad = case.injection.clone()

@@ -9,7 +9,7 @@ import torch
 from engine_cases import Call
 from symmetric_cases import adjoint_at, symmetric_cell
 
-from fastdeq import extension
+from fastdeq.backends import extension
 from fastdeq.solvers import MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
 
 pytestmark = pytest.mark.skipif(

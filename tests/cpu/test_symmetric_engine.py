@@ -1,12 +1,16 @@
-"""Symmetric weights in the engine: triangles read where they lie, packed weights handed to the
+"""Symmetric weights in the engine: triangles read where they lie, packed weights passed to the
 adjoint, the symmetric part as an operator, and what is refused."""
 
 import pytest
 import torch
-from engine_cases import Adjoint, Forward
+from engine_cases import Adjoint, Call, Forward
 from symmetric_cases import adjoint_at, relative_residual, symmetric_cell, symmetric_weight
 
-from fastdeq import AffineCell, DEQLayer, affine, extension, fixed_point, reference
+from fastdeq import AffineCell, DEQLayer, fixed_point
+from fastdeq.backends import extension
+from fastdeq.ops import (
+    symmetric_part,
+)
 from fastdeq.solution import Status
 from fastdeq.solvers import MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
 
@@ -27,17 +31,13 @@ def threads(request):
 
 def forward(case, solver, symmetric=True, precision="float32", tol=None, max_iter=500):
     tol = TOL[case.injection.dtype] if tol is None else tol
-    first = case.weight, case.injection, case.start, case.activation
-    return torch.ops.fastdeq.solve_affine(
-        *first, *affine.encode(solver), tol, max_iter, precision, True, symmetric
-    )
+    call = Call(solver, tol, max_iter, precision)
+    return torch.ops.fastdeq.solve_affine(*case.arguments(call, "cpp", True, symmetric))
 
 
 def adjoint(case, solver, packed=None, symmetric=True, precision="float32", max_iter=500):
-    tol = TOL[case.grad.dtype]
-    return torch.ops.fastdeq.solve_affine_adjoint(
-        *case.tensors(), *affine.encode(solver), tol, max_iter, precision, symmetric, packed
-    )
+    call = Call(solver, TOL[case.grad.dtype], max_iter, precision)
+    return torch.ops.fastdeq.solve_affine_adjoint(*case.arguments(call, "cpp", packed, symmetric))
 
 
 @dtypes
@@ -110,7 +110,7 @@ def test_a_packed_weight_is_that_which_the_adjoint_would_pack(size, precision, d
 
 
 def test_it_is_the_packed_weight_that_the_adjoint_reads():
-    """Of another matrix, it shows: what is handed over is used, not packed again."""
+    """Of another matrix, it shows: what is passed is used, not packed again."""
     case, other = symmetric_cell(9, 64, 0.9), symmetric_cell(9, 64, 0.9)
     back = Adjoint(case.weight, torch.rand(9, 64).double(), torch.randn(9, 64).double())
     mixed = adjoint(back, MINRES(), forward(other, Energy())[-1])
@@ -140,7 +140,7 @@ def unfit_buffers(case):
         "not bytes": right.to(torch.int8),
         "no buffer": None,
     }
-    if extension.has_ramp:
+    if extension.has_low_precision:
         buffers["of another precision"] = forward(case, Energy(), precision="mixed")[-1]
     return buffers
 
@@ -170,7 +170,7 @@ def test_symmetric_part(dtype, size):
     ):
         part = torch.ops.fastdeq.symmetric_part(a)
         assert torch.equal(part, part.t())
-        assert torch.equal(part, reference.symmetric_part(a))
+        assert torch.equal(part, symmetric_part.reference(a))
         assert part.is_contiguous()
         assert part.dtype == dtype
 
@@ -185,7 +185,7 @@ def test_symmetric_part_is_differentiable_and_registered():
     threaded = torch.randn(300, 300)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(op(threaded), reference.symmetric_part(threaded))
+        assert torch.equal(op(threaded), symmetric_part.reference(threaded))
     finally:
         torch.set_num_threads(1)
     with pytest.raises(RuntimeError, match="square"):
@@ -196,12 +196,13 @@ def test_symmetric_part_is_differentiable_and_registered():
 @pytest.mark.parametrize("solver", [Energy(momentum=True), HeavyBall(), Picard()], ids=repr)
 def test_opcheck_of_the_forward_solve(solver, batch, size):
     w = torch.eye(size) / 2
-    arguments = w, torch.randn(batch, size), None, "tanh", *affine.encode(solver), 1e-4, 20
+    case = Forward(w, torch.randn(batch, size))
+    engine = "cpp" if batch else "reference"  # as a layer has it
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.fastdeq.solve_affine.default,
-        (*arguments, "auto", True, True),
-        test_utils=utils,  # the bytes handed over are not all written, hence never the same
+        case.arguments(Call(solver, 1e-4, 20, "auto"), engine, True, True),
+        test_utils=utils,  # the bytes passed are not all written, hence never the same
     )
 
 
@@ -210,9 +211,9 @@ def test_opcheck_of_the_adjoint_solve(solver):
     case = symmetric_cell(3, 17, 0.9, torch.float32)
     back = Adjoint(case.weight, torch.rand(3, 17), torch.randn(3, 17))
     for packed in (None, forward(case, Energy(), precision="auto")[-1]):
-        last = *affine.encode(solver), 1e-4, 20, "auto", True, packed
+        call = Call(solver, 1e-4, 20, "auto")
         op = torch.ops.fastdeq.solve_affine_adjoint.default
-        torch.library.opcheck(op, (*back.tensors(), *last))
+        torch.library.opcheck(op, back.arguments(call, "cpp", packed, True))
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -259,7 +260,7 @@ def test_solvers_that_need_more_than_the_cell_has(options, weight, activation, m
         fixed_point(lambda z: torch.tanh(z @ w) / 2, torch.zeros(2, 4), **options)
 
 
-def test_names_that_serve_one_direction_only():
+def test_names_that_are_for_one_direction_only():
     cell = AffineCell(3, 4, weight="symmetric", scale=0.5)
     with pytest.raises(ValueError, match="'minres'"):
         DEQLayer(cell, solver="minres")

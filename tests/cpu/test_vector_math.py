@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeq import extension
 from fastdeq.activations import ACTIVATIONS
+from fastdeq.backends import extension
 
 pytestmark = pytest.mark.skipif(
     extension.module is None, reason=f"no compiled extension: {extension.why_missing}"
@@ -68,7 +68,7 @@ def test_the_bounds_see_a_planted_approximation(name, dtype):
         assert worst(PLANTED[name], name, 0, dtype) > 2
 
 
-def test_only_floating_point_is_served():
+def test_only_floating_point_is_supported():
     with pytest.raises(RuntimeError, match="floating-point"):
         activate(torch.ones(3, dtype=torch.int32), "tanh", 0)
     with pytest.raises(RuntimeError, match="unknown activation"):

@@ -1,4 +1,4 @@
-"""The persistent CUDA solver on an emulated GPU against fastdeq.affine: whole solves, with W spread
+"""The persistent CUDA solver on an emulated GPU against the reference: whole solves, with W spread
 over the blocks of a group."""
 
 import dataclasses
@@ -148,8 +148,8 @@ def test_steps_are_taken_back_as_in_the_reference(emulation):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("solver", [*SOLVERS[:4], *SOLVERS[8:10]], ids=str)
-def test_bad_samples_leave_their_mates_bit_for_bit(emulation, solver, dtype):
-    mates = [0, 2, 3, 5]
+def test_bad_samples_leave_the_others_bit_for_bit(emulation, solver, dtype):
+    others = [0, 2, 3, 5]
     forward = make_forward(6, 70, dtype, activation="softplus")
     for case, name in ((forward, "injection"), (make_adjoint(6, 70, dtype), "grad")):
         call = call_for(dtype, solver)
@@ -158,7 +158,7 @@ def test_bad_samples_leave_their_mates_bit_for_bit(emulation, solver, dtype):
         rows[1, 5], rows[4] = torch.nan, torch.inf
         for device in (ROOMY, emulation.tightest(case, call, ROOMY)):
             outputs = emulation.solve(sick, call, device)
-            assert same(emulation.solve(case, call, device), outputs, mates)
+            assert same(emulation.solve(case, call, device), outputs, others)
             assert (outputs.status[[1, 4]] == Status.NONFINITE).all()
             if outputs.value_slope is not None:
                 assert (outputs.value_slope[[1, 4]] == 0).all()

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda/rows.cuh on an emulated GPU, against fastdeq.affine, and compiled."""
+"""The kernels of csrc/cuda/rows.cuh on an emulated GPU, against the reference."""
 
 from __future__ import annotations
 

@@ -22,16 +22,6 @@
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_emulator::machine.exchange(mask, 0, 0); }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane) {
-  return cuda_emulator::machine.exchange(mask, value, unsigned(lane) % 32);
-}
-
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
-  return cuda_emulator::machine.exchange(mask, value, cuda_emulator::machine.lane() + distance);
-}
-
-template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return cuda_emulator::machine.exchange(mask, value, cuda_emulator::machine.lane() ^ bits);
 }
@@ -51,11 +41,6 @@ T atomicAdd(T* at, T value) {
 }
 
 template <typename T>
-T atomicSub(T* at, T value) {
-  return atomicAdd(at, T(0) - value);
-}
-
-template <typename T>
 void __stcg(T* at, T value) {
   cuda_emulator::machine.store(at, &value, sizeof(T));
 }
@@ -66,8 +51,6 @@ T __ldcg(const T* at) {
   cuda_emulator::machine.load(&value, at, sizeof(T));
   return value;
 }
-
-inline void __nanosleep(unsigned) { cuda_emulator::machine.nap(); }
 
 // Runs `kernel(arguments...)` as a grid of one dimension; throws std::runtime_error on a deadlock,
 // a write outside of shared memory and the like.

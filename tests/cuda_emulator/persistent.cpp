@@ -1,4 +1,4 @@
-// The persistent solver of csrc/cuda on the emulated machine, for tests/test_cuda_persistent.py.
+// The persistent solver of csrc/cuda on the emulated machine, for tests/cuda/test_cuda_persistent.py.
 
 #include "cuda/persistent.cuh"
 
@@ -7,6 +7,7 @@
 
 namespace {
 
+using namespace fastdeq;
 using namespace fastdeq::cuda;
 
 // Mirrored by a ctypes structure in the test; pointers are to numbers of the dtype asked for.
@@ -14,9 +15,8 @@ struct Call {
   int64_t size, batch;
   const void *weight, *offset, *slope, *start;
   int64_t output_stride, input_stride;
-  int32_t activation, max_iter, fixed, patience, momentum, window;
-  double tol, damping, radius, regularization, rank_tolerance, max_weight;
-  double safeguard, accelerate_above;
+  int32_t activation;
+  SolveOptions options;
   void* value;
   int8_t* status;
   int32_t* iterations;
@@ -54,23 +54,11 @@ PersistentTask<T> read(const Call& c) {
   task.weight = static_cast<const T*>(c.weight);
   task.output_stride = c.output_stride;
   task.input_stride = c.input_stride;
-  task.offset = static_cast<const T*>(c.offset);
+  task.injection = static_cast<const T*>(c.offset);
   task.slope = static_cast<const T*>(c.slope);
   task.start = static_cast<const T*>(c.start);
   task.activation = c.activation;
-  SolveOptions& o = task.options;
-  o.tol = c.tol;
-  o.max_iter = c.max_iter;
-  o.fixed = c.fixed != 0;
-  o.patience = c.patience;
-  o.damping = c.damping;
-  o.momentum = c.momentum != 0;
-  o.radius = c.radius;
-  o.window = c.window;
-  o.safeguard = c.safeguard;
-  o.accelerate_above = c.accelerate_above;
-  o.anderson = {c.damping, c.regularization, c.rank_tolerance, c.max_weight};
-  task.counters = c.window > 0 ? 3 : 0;
+  task.options = c.options;
   task.value = static_cast<T*>(c.value);
   task.status = c.status;
   task.iterations = c.iterations;

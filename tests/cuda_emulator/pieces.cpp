@@ -1,81 +1,88 @@
-// The parts of csrc/cuda that need no machine: the state machine of a sample and the activations.
+// What needs no machine: the state machine of a sample and the activations of csrc/cuda.
 
 #include <cuda_runtime.h>
 
+#include "common/sample.h"
 #include "cuda/activations.cuh"
-#include "cuda/sample.cuh"
 
 namespace {
 
 using namespace fastdeq;
 using namespace fastdeq::cuda;
 
-struct Options {
-  int32_t max_iter, fixed, patience, momentum, window, ramp;
-  double tol, damping, radius, safeguard, accelerate_above;
-};
-
 struct Record {
-  int32_t step, improved, stop, status, narrow, count, iterations, idle;
+  int32_t step, improved, stop, status, next, count, iterations, idle;
   int32_t rejects[3];
   double omega, best_residual;
 };
 
-SolveOptions read(const Options& given) {
-  SolveOptions o;
-  o.max_iter = given.max_iter;
-  o.fixed = given.fixed != 0;
-  o.patience = given.patience;
-  o.momentum = given.momentum != 0;
-  o.window = given.window;
-  o.ramp = given.ramp != 0;
-  o.tol = given.tol;
-  o.damping = given.damping;
-  o.radius = given.radius;
-  o.safeguard = given.safeguard;
-  o.accelerate_above = given.accelerate_above;
-  return o;
+Decision judge_one(Sample& s, const SolveOptions& o, double norm, double size, bool low,
+                   PrecisionSchedule* schedule) {
+  const double relative = relative_residual(norm, size);
+  const Decision d =
+      low ? judge_low(s, o, norm, relative, *schedule) : judge(s, o, norm, relative, schedule);
+  if (schedule != nullptr) choose_products(s, o, relative, *schedule);
+  return d;
 }
 
 }  // namespace
 
 extern "C" {
 
+int options_bytes() { return int(sizeof(SolveOptions)); }
+
+// The fields, in the order of fastdeq/solvers/solve_options.py.
+void echo_options(const SolveOptions* options, double* fields) {
+  const SolveOptions& o = *options;
+  for (const double field :
+       {double(o.solver), o.tol, double(o.max_iter), double(o.patience), double(o.precision),
+        o.damping, double(o.fixed_iterations), double(o.momentum), o.radius,
+        double(o.most_directions), double(o.window), o.regularization, o.rank_tolerance,
+        o.max_weight, o.safeguard, o.accelerate_above}) {
+    *fields++ = field;
+  }
+}
+
 // Judges one evaluation after another, all of one sample, until it stops; how many were judged.
-// Evaluation i has norm[i] and size[i], was exact[i], and its mixing, if any, dropped and rejected.
-int judge_evaluations(const Options* options, int count, const double* norm, const double* size,
-                      const int8_t* exact, const int8_t* dropped, const int8_t* rejected,
-                      Record* records) {
-  const SolveOptions o = read(*options);
-  Sample<double> s = fresh_sample<double>(o);
+// Evaluation i has norm[i] and size[i], was a `low` precision one, and its mixing, if any, dropped
+// and rejected. `lowest`: of Products; in full precision there is no schedule.
+int judge_evaluations(const SolveOptions* options, int lowest, int count, const double* norm,
+                      const double* size, const int8_t* low, const int8_t* dropped,
+                      const int8_t* rejected, Record* records) {
+  const SolveOptions& o = *options;
+  Sample s;
+  reset(s, o);
+  PrecisionSchedule schedule;
+  schedule.lowest = Products(lowest);
+  PrecisionSchedule* const used = lowest > 0 ? &schedule : nullptr;
   for (int i = 0; i < count; ++i) {
-    const Decision d = o.ramp ? judge<true>(s, o, norm[i], size[i], exact[i] != 0)
-                              : judge<false>(s, o, norm[i], size[i], true);
-    if (d.step == StepKind::kMix) mixed(s, {dropped[i], rejected[i] != 0});
-    records[i] = {int(d.step),   d.improved,     d.stop,
-                  int(d.status), d.narrow,       d.count,
-                  s.iterations,  s.idle,         {s.rejects[0], s.rejects[1], s.rejects[2]},
-                  d.omega,       s.best_residual};
+    const Decision d = judge_one(s, o, norm[i], size[i], low[i] != 0, used);
+    if (d.step == Step::kMix) take_in(s, {dropped[i], rejected[i] != 0});
+    records[i] = {int(d.step),        d.improved,     d.stop, int(d.status), int(schedule.next),
+                  d.count,            s.iterations,   s.idle, {},            d.omega,
+                  s.best_residual};
+    for (int j = 0; j < 3; ++j) records[i].rejects[j] = s.rejects[j];
     if (d.stop) return i + 1;
   }
   return count;
 }
 
-// As the narrow evaluations of a contraction come: evaluation i has relative residual
-// first * rate^i; whether it was exact is written to `exact`. How many until it stopped.
-int judge_contraction(const Options* options, double first, double rate, int most, int8_t* exact,
-                      int32_t* status) {
-  const SolveOptions o = read(*options);
-  Sample<double> s = fresh_sample<double>(o);
-  bool narrow = false;
+// As the evaluations of a contraction come: evaluation i has relative residual first * rate^i; the
+// products that it was evaluated with are written to `products`. How many until it stopped.
+int judge_contraction(const SolveOptions* options, int lowest, double first, double rate, int most,
+                      int8_t* products, int32_t* status) {
+  Sample s;
+  reset(s, *options);
+  PrecisionSchedule schedule;
+  schedule.lowest = Products(lowest);
   double norm = first;
   for (int i = 0; i < most; ++i, norm *= rate) {
-    exact[i] = !narrow;
-    const Decision d = judge<true>(s, o, norm, 1, !narrow);
-    if (d.step == StepKind::kMix) mixed(s, {0, false});
+    products[i] = int8_t(schedule.next);
+    const bool low = schedule.next != Products::kFull;
+    const Decision d = judge_one(s, *options, norm, 1, low, &schedule);
+    if (d.step == Step::kMix) take_in(s, {0, false});
     *status = int(d.status);
     if (d.stop) return i + 1;
-    narrow = d.narrow;
   }
   return most;
 }

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda/rows.cuh on the emulated machine, for tests/test_cuda_rows.py.
+// The kernels of csrc/cuda/rows.cuh on the emulated machine, for tests/cuda/test_cuda_rows.py.
 
 #include "cuda/rows.cuh"
 

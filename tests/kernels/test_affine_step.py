@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from fastdeq.kernels import affine_step as module
 from fastdeq.kernels.activations import INDEX
-from fastdeq.kernels.affine_step import affine_step
-from fastdeq.kernels.tile_choice import TILES, TILES_UNALIGNED, candidates, default_tile
-from step_cases import EXACT, NARROW, PRODUCT, SLOT, STOPPED, WANTED, Step, check
-
-from fastdeq.activations import ACTIVATIONS
+from fastdeq.kernels.steps import affine_step as module
+from fastdeq.kernels.steps.affine_step import affine_step
+from fastdeq.kernels.steps.tile_choice import TILES, TILES_UNALIGNED, candidates, default_tile
+from step_cases import FULL, LOW, PRODUCT, REQUESTED, SLOT, STOPPED, Step, check
 
 SIZES = [1, 31, 32, 33, 64, 65, 130]
 BATCHES = [1, 2, 17, 33, 70]
@@ -22,59 +20,59 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("size", SIZES)
 def test_an_evaluation_matches_float64(device, size, batch, activation):
-    check(Step(device, batch, size, activation).run(), EXACT)
+    check(Step(device, batch, size, activation).run(), FULL)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 17, 33])
-def test_a_narrow_evaluation_matches_float64_on_rounded_factors(device, batch, size):
-    check(Step(device, batch, size, wanted=NARROW, ramp=True).run(), NARROW)
+def test_a_low_precision_evaluation_matches_float64_on_rounded_factors(device, batch, size):
+    check(Step(device, batch, size, requested=LOW, schedule=True).run(), LOW)
 
 
 @pytest.mark.parametrize("activation", INDEX)
 def test_every_activation(device, activation):
     """Of masked outputs phi(0) must not get into the sums, where it is not 0."""
-    check(Step(device, 17, 33, activation).run(), EXACT)
+    check(Step(device, 17, 33, activation).run(), FULL)
 
 
 def mixed(batch):
-    return [(EXACT, NARROW, PRODUCT, STOPPED, NARROW)[row % 5] for row in range(batch)]
+    return [(FULL, LOW, PRODUCT, STOPPED, LOW)[row % 5] for row in range(batch)]
 
 
-def made_of(wanted, rows):
-    """What becomes of the wishes in tiles of so many rows."""
-    made = []
-    for start in range(0, len(wanted), rows):
-        tile = wanted[start : start + rows]
-        narrow = all(kind in (NARROW, STOPPED) for kind in tile)
-        made += [EXACT if kind == NARROW and not narrow else kind for kind in tile]
-    return made
+def evaluated_of(requested, rows):
+    """What becomes of the requests in tiles of so many rows."""
+    kinds = []
+    for start in range(0, len(requested), rows):
+        tile = requested[start : start + rows]
+        low = all(kind in (LOW, STOPPED) for kind in tile)
+        kinds += [FULL if kind == LOW and not low else kind for kind in tile]
+    return kinds
 
 
 @pytest.mark.parametrize("size", [64, 65, 130])
 @pytest.mark.parametrize("tile", TILES + TILES_UNALIGNED)
-def test_every_tile_with_mixed_wishes(device, tile, size):
-    wanted = mixed(40) + [NARROW, STOPPED] * 50
-    step = Step(device, len(wanted), size, wanted=wanted, ramp=True)
-    made = made_of(wanted, tile.rows)
-    assert {EXACT, NARROW, PRODUCT, STOPPED} == {*made}
-    check(step.run(tile=tile), made)
+def test_every_tile_with_mixed_requests(device, tile, size):
+    requested = mixed(40) + [LOW, STOPPED] * 50
+    step = Step(device, len(requested), size, requested=requested, schedule=True)
+    kinds = evaluated_of(requested, tile.rows)
+    assert {FULL, LOW, PRODUCT, STOPPED} == {*kinds}
+    check(step.run(tile=tile), kinds)
 
 
-def test_without_a_ramp_narrow_wishes_are_made_exact(device):
-    check(Step(device, 5, 33, wanted=mixed(5)).run(), [EXACT, EXACT, PRODUCT, STOPPED, EXACT])
+def test_without_the_schedule_low_precision_is_not_used(device):
+    check(Step(device, 5, 33, requested=mixed(5)).run(), [FULL, FULL, PRODUCT, STOPPED, FULL])
 
 
 @pytest.mark.parametrize("activation", MAPS)
 def test_products_only(device, activation):
-    check(Step(device, 17, 65, activation, wanted=PRODUCT).run(), PRODUCT)
+    check(Step(device, 17, 65, activation, requested=PRODUCT).run(), PRODUCT)
 
 
 @pytest.mark.parametrize("size", [33, 130])
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "sliced transposed"])
 def test_weights_of_any_layout(device, layout, size):
-    step = Step(device, 17, size, wanted=[EXACT] * 16 + [NARROW], ramp=True)
-    for name in ("weight", "narrow_weight"):
+    step = Step(device, 17, size, requested=[FULL] * 16 + [LOW], schedule=True)
+    for name in ("weight", "low_weight"):
         dense = getattr(step, name)
         larger = dense.new_full((size + 3, 2 * size + 5), NAN)
         if layout == "transposed":
@@ -87,7 +85,7 @@ def test_weights_of_any_layout(device, layout, size):
             view = larger[1 : size + 1, 5 : size + 5].t()
         setattr(step, name, view.copy_(dense) if layout != "transposed" else view)
         assert size == 1 or not getattr(step, name).is_contiguous()
-    check(step.run(tile=TILES[0]), [EXACT] * 16 + [NARROW])
+    check(step.run(tile=TILES[0]), [FULL] * 16 + [LOW])
 
 
 def poison(step, rows, value=NAN):
@@ -98,22 +96,22 @@ def poison(step, rows, value=NAN):
 
 
 @pytest.mark.parametrize("activation", MAPS)
-@pytest.mark.parametrize("kind", [EXACT, NARROW])
+@pytest.mark.parametrize("kind", [FULL, LOW])
 def test_stopped_rows_are_neither_read_nor_written(device, kind, activation):
     """Even in a tile with running ones."""
-    wanted = [STOPPED, kind, kind, STOPPED] * 8
-    step = Step(device, 32, 65, activation, wanted=wanted, ramp=True)
-    poison(step, [row for row in range(32) if wanted[row] == STOPPED])
-    check(step.run(), wanted)
+    requested = [STOPPED, kind, kind, STOPPED] * 8
+    step = Step(device, 32, 65, activation, requested=requested, schedule=True)
+    poison(step, [row for row in range(32) if requested[row] == STOPPED])
+    check(step.run(), requested)
 
 
-@pytest.mark.parametrize("kind", [EXACT, NARROW])
+@pytest.mark.parametrize("kind", [FULL, LOW])
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_bad_row_does_not_reach_the_others(device, bad, kind):
     torch.manual_seed(0)
-    healthy = Step(device, 20, 65, wanted=kind, ramp=True).run()
+    healthy = Step(device, 20, 65, requested=kind, schedule=True).run()
     torch.manual_seed(0)
-    sick = Step(device, 20, 65, wanted=kind, ramp=True)
+    sick = Step(device, 20, 65, requested=kind, schedule=True)
     poison(sick, [7], bad)
     sick.run()
     others = [row for row in range(20) if row != 7]
@@ -130,10 +128,10 @@ def test_a_bad_row_does_not_reach_the_others(device, bad, kind):
 @pytest.mark.parametrize("activation", MAPS)
 @pytest.mark.parametrize("size", [33, 130])
 def test_at_zero_neither_the_point_nor_the_weight_is_read(device, size, activation):
-    step = Step(device, 17, size, activation, wanted=[EXACT, STOPPED] * 8 + [EXACT])
+    step = Step(device, 17, size, activation, requested=[FULL, STOPPED] * 8 + [FULL])
     step.point.fill_(NAN)
     step.weight.fill_(NAN)
-    check(step.run(at_zero=True), [EXACT, STOPPED] * 8 + [EXACT], at_zero=True)
+    check(step.run(at_zero=True), [FULL, STOPPED] * 8 + [FULL], at_zero=True)
 
 
 @pytest.mark.parametrize("missing", ["pre", "residual"])
@@ -147,46 +145,23 @@ def test_what_is_not_kept_is_not_needed(device, missing):
     else:
         object.__setattr__(step.samples, "pre", None)
         affine_step(step.samples, step.weight, None, **kept)
-    step.samples.flags[:, WANTED] = EXACT
+    step.samples.flags[:, REQUESTED] = FULL
     again = step.values[:, SLOT].clone()
     object.__setattr__(step.samples, "pre", torch.full_like(step.point, NAN))
     assert torch.equal(step.run().values[:, SLOT], again)
 
 
-@pytest.mark.parametrize("tile", [TILES[0], TILES[-1]])
-@pytest.mark.parametrize("name", ["tanh", "gelu"])
-def test_slopes_alone(device, name, tile):
-    wanted = [EXACT, STOPPED, EXACT] * 6
-    step = Step(device, 18, 65, name, wanted=wanted)
-    before = step.run(slope_only=True, tile=tile).before
-    after = step.state()
-    pre = (
-        step.samples.offset.cpu().double()
-        + step.point.cpu().double() @ step.weight.cpu().double().t()
-    )
-    slope = ACTIVATIONS[name].slope(pre)
-    running = torch.tensor(wanted) == EXACT
-    # |phi''| < 1.2 for both; the sums are as in step_cases.
-    torch.testing.assert_close(
-        after["values"][running, SLOT].double(), slope[running], rtol=0, atol=2e-5
-    )
-    assert after["values"][~running].isnan().all()
-    assert after["values"][:, [0, 2]].isnan().all()
-    for other in ("residuals", "pre", "sums", "flags"):
-        assert torch.equal(after[other].nan_to_num(9), before[other].nan_to_num(9))
-
-
-@pytest.mark.parametrize("kind", [EXACT, NARROW])
+@pytest.mark.parametrize("kind", [FULL, LOW])
 def test_measuring_tiles_leaves_no_trace(device, kind, monkeypatch):
-    """A narrow launch adds to pre, and measuring repeats it. (The interpreter measures nothing.)"""
+    """A LOW launch adds to pre, and measuring repeats it. (The interpreter measures nothing.)"""
     monkeypatch.setattr(module, "_measured", {})
-    check(Step(device, 33, 97, wanted=kind, ramp=True).run(), kind)
+    check(Step(device, 33, 97, requested=kind, schedule=True).run(), kind)
     assert bool(module._measured) == (device == "cuda")
 
 
 def test_an_evaluation_repeated_gives_the_same_bits(device):
     """The order of no sum depends on chance, and nothing that is read is written."""
-    step = Step(device, 33, 130, wanted=[EXACT, PRODUCT, STOPPED] * 11)
+    step = Step(device, 33, 130, requested=[FULL, PRODUCT, STOPPED] * 11)
     first = step.run().state()
     second = step.run().state()
     for name in first:
@@ -221,33 +196,33 @@ def test_few_tiles_are_measured_and_small_batches_get_small_ones(aligned, precis
 PLANTED = {
     "a transposed weight": lambda s: setattr(s, "weight", s.weight.t()),
     "no offset": lambda s: s.samples.offset.zero_(),
-    "a rounded weight": lambda s: setattr(s, "weight", s.narrow_weight.float()),
+    "a rounded weight": lambda s: setattr(s, "weight", s.low_weight.float()),
     "a wrong input of the product": lambda s: s.point[:, -1].zero_(),
     "another activation": lambda s: setattr(s, "activation", "sigmoid"),
     "a wrong value": lambda s: s.values[3, SLOT, -1].mul_(1 + 1e-4),
     "a wrong sum": lambda s: s.samples.sums[3, -1, 0].mul_(1 + 1e-4),
     "a sum of too much": lambda s: s.samples.sums[3, -1, 1].add_(0.25),
     "a row that was not to be written": lambda s: s.values[0, SLOT, 0].fill_(1.0),
-    "a history not wanted": lambda s: s.residuals[1, SLOT].fill_(1.0),
+    "a history that was not requested": lambda s: s.residuals[1, SLOT].fill_(1.0),
     "another slot": lambda s: s.values[3, SLOT + 1, 0].fill_(1.0),
-    "a kind that was not made": lambda s: s.samples.flags[3, 1].fill_(NARROW),
+    "a kind that was not evaluated": lambda s: s.samples.flags[3, 1].fill_(LOW),
     "a missing output": lambda s: s.values[3, SLOT, 0].fill_(NAN),
 }
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_the_comparison_sees_a_planted_error(device, planted):
-    wanted = [STOPPED] + [EXACT] * 16
-    step = Step(device, 17, 65, wanted=wanted).run()
-    check(step, wanted)
+    requested = [STOPPED] + [FULL] * 16
+    step = Step(device, 17, 65, requested=requested).run()
+    check(step, requested)
     PLANTED[planted](step)
     with pytest.raises(AssertionError):
-        check(step, wanted)
+        check(step, requested)
 
 
-def test_the_comparison_tells_narrow_factors_from_exact_ones(device):
-    step = Step(device, 17, 65, wanted=NARROW, ramp=True).run()
-    check(step, NARROW)
-    step.narrow_weight = step.weight
+def test_the_comparison_tells_rounded_factors_from_others(device):
+    step = Step(device, 17, 65, requested=LOW, schedule=True).run()
+    check(step, LOW)
+    step.low_weight = step.weight
     with pytest.raises(AssertionError, match="above the bound"):
-        check(step, NARROW)
+        check(step, LOW)

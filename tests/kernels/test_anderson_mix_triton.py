@@ -1,4 +1,4 @@
-"""The Triton form of anderson_mix against the reference, under Triton's interpreter on the CPU.
+"""The Triton kernel of anderson_mix against the reference, under Triton's interpreter on the CPU.
 
 Triton decides when it is imported whether it interprets. The interpreter therefore lives in a child
 process, and no other test module notices it.
@@ -26,7 +26,7 @@ from anderson_mix_cases import (
 )
 from torch import Tensor
 
-from fastdeq import extension
+from fastdeq.backends import extension
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -74,8 +74,8 @@ def triton_mix(child):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [1, 5, 33, 257])
-@pytest.mark.parametrize("slots", [2, 3, 6, 9])
+@pytest.mark.parametrize("size", [1, 33, 257])
+@pytest.mark.parametrize("slots", [2, 6, 9])
 @pytest.mark.parametrize(("seed", "damping"), [(0, 1.0), (1, 0.7)])
 def test_matches_the_reference(triton_mix, seed, damping, slots, size, dtype):
     inputs = make_inputs(seed, dtype, slots, size)
@@ -165,7 +165,7 @@ def test_unused_slots_may_hold_nan(triton_mix, damping):
 
 
 @pytest.mark.parametrize("age", [0, 1])
-def test_a_nan_sample_leaves_its_batch_mates_bitwise_alone(triton_mix, age):
+def test_a_nan_sample_leaves_the_others_bitwise_alone(triton_mix, age):
     clean = make_inputs(6, torch.float32, slots=6, size=33)
     clean.count[:] = 4
     sick = clean._replace(
@@ -177,9 +177,9 @@ def test_a_nan_sample_leaves_its_batch_mates_bitwise_alone(triton_mix, age):
     sick.f_history[1, slot, 3] = sick.g_history[1, slot, 3] = torch.nan
     sick.gram[1, slot, :] = sick.gram[1, :, slot] = torch.nan
     actual, healthy = triton_mix(sick), triton_mix(clean)
-    mates = [0, 2, 3]
+    others = [0, 2, 3]
     for name in ("z", "dropped", "rejected", "gram"):
-        assert torch.equal(getattr(actual, name)[mates], getattr(healthy, name)[mates])
+        assert torch.equal(getattr(actual, name)[others], getattr(healthy, name)[others])
     # The sick sample itself: a NaN entry is dropped like a dependent one.
     expected = reference_mix(sick)
     assert torch.equal(actual.dropped, expected.dropped)
@@ -247,11 +247,11 @@ def test_an_empty_batch_returns_at_once(triton_mix):
             lambda i: i._replace(f_history=i.f_history.half(), g_history=i.g_history.half()),
             "must be float32 or float64",
         ),
-        (lambda i: i._replace(slot=3), r"slot 3 is not in \[0, 3\)"),
-        (lambda i: i._replace(slot=-1), r"slot -1 is not in \[0, 3\)"),
+        (lambda i: i._replace(slot=3), r"newest 3 is not in \[0, 3\)"),
+        (lambda i: i._replace(slot=-1), r"newest -1 is not in \[0, 3\)"),
     ],
 )
-def test_arguments_it_cannot_take_raise_as_in_the_compiled_form(triton_mix, change, message):
+def test_arguments_it_cannot_take_raise_as_in_the_compiled_one(triton_mix, change, message):
     inputs = change(make_inputs(12, torch.float32, slots=3, size=5))
     with pytest.raises(RuntimeError, match=message):
         triton_mix(inputs)
@@ -261,5 +261,5 @@ def test_arguments_it_cannot_take_raise_as_in_the_compiled_form(triton_mix, chan
 
 
 def test_too_many_slots_raise(triton_mix):
-    with pytest.raises(RuntimeError, match="at most 65 slots, got 66"):
+    with pytest.raises(RuntimeError, match="at most 65 entries, got 66"):
         triton_mix(make_inputs(13, torch.float32, slots=66, size=2))

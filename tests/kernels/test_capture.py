@@ -24,12 +24,12 @@ from fastdeq import (
     Neumann,
     Picard,
     Status,
-    factor,
+    cuda_stream,
     layer,
-    parametrizations,
     solution,
-    streams,
 )
+from fastdeq.ops import orthogonal_factor
+from fastdeq.weights import factor_cache
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 on_a_device = pytest.mark.skipif(
@@ -147,9 +147,9 @@ def replays_equal_steps(kind, d, options, optimiser="sgd"):
         # another name, so a few roundings are allowed for.
         torch.testing.assert_close(recorded.loss, eager.loss, rtol=1e-4, atol=1e-6)
         losses.append(float(eager.loss))
-        for name, wanted in eager.model.named_parameters():
+        for name, expected in eager.model.named_parameters():
             found = recorded.model.get_parameter(name)
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=name)
     assert len(set(losses)) == len(losses)  # the batches differ, and so do what they give
     return recorded, graph
 
@@ -234,7 +234,7 @@ def test_eager_steps_after_a_recording_see_what_replays_did():
     after = recorded.model[0].cell.recurrent_weight().detach()
     raw = recorded.model[0].cell.weight.weight.detach()
     assert (after - before).abs().max() > 1e-6
-    torch.testing.assert_close(after, 0.5 * parametrizations.orthogonal_factor(raw))
+    torch.testing.assert_close(after, 0.5 * factor_cache.orthogonal_factor(raw))
 
 
 class NoReads(TorchDispatchMode):
@@ -258,7 +258,7 @@ def _has_mask(indices):
 @pytest.fixture
 def as_if_recording(monkeypatch):
     """On the CPU, what fastdeq does while a CUDA graph is recorded, as far as Python decides it."""
-    for module in (streams, solution, parametrizations, factor):
+    for module in (cuda_stream, solution, factor_cache, orthogonal_factor):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     monkeypatch.setattr(layer, "_may_look", lambda x: False)
     with NoReads():

@@ -1,11 +1,11 @@
-"""The energy solver in Triton: it takes the steps of the reference form and keeps its promises."""
+"""The energy solver in Triton: it takes the steps of the reference and keeps its promises."""
 
 import pytest
 import torch
 from energy_cases import allowance
 from energy_cases import energy as energy_of
 from engine_cases import Call, Forward
-from fastdeq.kernels import energy_rows, sample
+from fastdeq.kernels.steps import energy_rows, sample
 from symmetric_cases import relative_residual, symmetric_cell
 from symmetric_solves import column, first_differences, run
 
@@ -40,8 +40,10 @@ PROBLEMS = [
 ]
 
 
-@momentum
-@pytest.mark.parametrize(("activation", "scale", "size", "batch"), PROBLEMS)
+@pytest.mark.parametrize(
+    ("activation", "scale", "size", "batch", "momentum"),
+    [(*p, False) for p in PROBLEMS] + [(*p, True) for p in (*PROBLEMS[:2], PROBLEMS[3])],
+)
 def test_takes_the_steps_of_the_reference(
     device, monkeypatch, activation, scale, size, batch, momentum
 ):
@@ -58,8 +60,8 @@ def test_takes_the_steps_of_the_reference(
 def test_another_step_is_noticed(device, monkeypatch):
     case = symmetric_cell(1, 33, 2.0, torch.float32)
 
-    def tamper(k, method):
-        method.samples.numbers[:, column("ENOUGH")] *= 0.25
+    def tamper(k, steps):
+        steps.samples.numbers[:, column("ENOUGH")] *= 0.25
 
     call = Call(Energy(), 1e-5, 40)
     outputs, alike = first_differences(case, call, device, monkeypatch, after=tamper)
@@ -126,12 +128,12 @@ def test_rejected_trials_and_negative_curvature_are_counted(device, monkeypatch)
     exact = case.double().reference(call)
     assert exact.rejects[:, 1].sum() > 0
     for i in range(3):
-        counts = [form.rejects[i].tolist() for form in (expected, exact)]
+        counts = [outcome.rejects[i].tolist() for outcome in (expected, exact)]
         assert outputs.rejects[i].tolist() in counts
 
 
 @momentum
-def test_bad_samples_do_not_touch_their_mates(device, monkeypatch, momentum):
+def test_bad_samples_do_not_touch_the_others(device, monkeypatch, momentum):
     case = symmetric_cell(4, 20, 0.9, torch.float32)
     call = Call(Energy(momentum), 1e-4, 40)
     good, _ = run(case, call, device, monkeypatch)
@@ -162,10 +164,10 @@ def test_halvings_are_limited(device, monkeypatch, floor, most):
     """E is NaN here, which never falls. The ninth trial takes the plain step."""
     plain = []
 
-    def tamper(k, method):
-        z, s, da = (method.work[i.value] for i in (energy_rows._Z, energy_rows._S, energy_rows._DA))
+    def tamper(k, steps):
+        z, s, da = (steps.work[i.value] for i in (energy_rows._Z, energy_rows._S, energy_rows._DA))
         z.fill_(torch.nan)
-        flags = method.samples.flags
+        flags = steps.samples.flags
         flags[:, column("FLOOR")] = floor
         if flags[0, column("HALVINGS")] == 8:
             plain.append(torch.equal(s, da))
@@ -212,16 +214,16 @@ def test_rows_of_more_than_one_piece(device, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [0.8, 3.0])
-def test_momentum_with_narrow_products(device, monkeypatch, scale):
+def test_momentum_with_low_precision(device, monkeypatch, scale):
     case = symmetric_cell(2, 40, scale, torch.float32)
     call = Call(Energy(True), 1e-5, 100, "mixed")
     outputs, seen = run(case, call, device, monkeypatch)
     assert (outputs.status == Status.CONVERGED).all()
     residual_is_true(case, outputs, call.tol)
-    narrow = sum((one.made == sample.NARROW.value).sum() for one in seen)
-    assert narrow >= (4 if scale < 1 else 1)
-    handed = any((one.mode > column("MOMENTUM")).any() for one in seen)
-    assert handed == (scale > 1)
+    low = sum((one.evaluated == sample.LOW.value).sum() for one in seen)
+    assert low >= (4 if scale < 1 else 1)
+    ended = any((one.mode > column("MOMENTUM")).any() for one in seen)
+    assert ended == (scale > 1)
 
 
 def test_an_energy_without_a_lower_bound_ends_calmly(device, monkeypatch):

@@ -1,9 +1,9 @@
-"""MINRES in Triton: it takes the steps of the reference form and ends where a direct solve does."""
+"""MINRES in Triton: it takes the steps of the reference and ends where a direct solve does."""
 
 import pytest
 import torch
 from engine_cases import Adjoint, Call
-from fastdeq.kernels import minres_rows, sample
+from fastdeq.kernels.steps import minres_rows, sample
 from minres_cases import check_exact, slopes
 from symmetric_cases import symmetric_weight
 from symmetric_solves import column, first_differences, run
@@ -81,8 +81,8 @@ def test_a_space_that_ends_early_is_exhausted(device, monkeypatch):
     case = Adjoint(((w + w.t()) / 2).float(), torch.ones(1, 24), torch.randn(1, 24))
     flags = []
 
-    def watch(k, method):
-        flags.append(method.samples.flags[0, column("EXHAUSTED")].item())
+    def watch(k, steps):
+        flags.append(steps.samples.flags[0, column("EXHAUSTED")].item())
 
     outputs, _ = run(case, Call(MINRES(), 1e-6, 60), device, monkeypatch, after=watch)
     assert outputs.status == Status.CONVERGED
@@ -108,12 +108,12 @@ def test_rows_without_a_slope_or_with_a_bad_gradient(device, monkeypatch, moment
 
 
 def at_the_limit(case, call, device, monkeypatch, **options):
-    """Whether a solve that ends at its limit is where the reference form is."""
+    """Whether a solve that ends at its limit is where the reference is."""
     outputs, seen = run(case, call, device, monkeypatch, **options)
     expected = case.reference(call)
     assert torch.equal(outputs.iterations, expected.iterations)
     assert torch.equal(outputs.status, expected.status)
-    assert seen[-1].made == sample.EXACT.value
+    assert seen[-1].evaluated == sample.FULL.value
     true = true_residual(case, outputs).float()
     torch.testing.assert_close(outputs.residual, true, rtol=1e-3, atol=1e-6)
     return torch.allclose(outputs.value, expected.value, rtol=1e-3, atol=1e-4)
@@ -130,11 +130,11 @@ def test_ends_on_a_verified_iterate_at_the_limit(device, monkeypatch, momentum):
 def test_another_step_is_noticed(device, monkeypatch, name):
     case = problem(1, 33, 2.0)
 
-    def tamper(k, method):
+    def tamper(k, steps):
         if k == 4 and name.startswith("_"):
-            method.work[getattr(minres_rows, name).value] *= 0.8
+            steps.work[getattr(minres_rows, name).value] *= 0.8
         elif k == 4:
-            method.samples.numbers[:, column(name)] *= 0.8
+            steps.samples.numbers[:, column(name)] *= 0.8
 
     assert not at_the_limit(case, Call(MINRES(), 1e-6, 8), device, monkeypatch, after=tamper)
 
@@ -143,9 +143,9 @@ def test_a_drifted_estimate_starts_anew(device, monkeypatch):
     """x is changed behind the back of the recurrence."""
     case = problem(1, 33, 2.0)
 
-    def tamper(k, method):
+    def tamper(k, steps):
         if k == 6:
-            method.work[minres_rows._X.value] += 0.3
+            steps.work[minres_rows._X.value] += 0.3
 
     call = Call(MINRES(), 1e-5, 200)
     outputs, _ = run(case, call, device, monkeypatch, after=tamper)
@@ -185,13 +185,13 @@ def test_rows_of_more_than_one_piece(device, monkeypatch):
 
 
 @pytest.mark.parametrize("radius", [0.8, 3.0])
-def test_momentum_with_narrow_products(device, monkeypatch, radius):
+def test_momentum_with_low_precision(device, monkeypatch, radius):
     case = problem(1, 40, radius)
     call = Call(MINRES(True), 1e-5, 150, "mixed")
     outputs, seen = run(case, call, device, monkeypatch)
     assert (outputs.status == Status.CONVERGED).all()
     check_exact(case, outputs, call.tol)
-    narrow = sum((one.made == sample.NARROW.value).sum() for one in seen)
-    assert narrow >= (4 if radius < 1 else 1)
-    handed = any((one.mode > column("MOMENTUM")).any() for one in seen)
-    assert handed == (radius > 1)
+    low = sum((one.evaluated == sample.LOW.value).sum() for one in seen)
+    assert low >= (4 if radius < 1 else 1)
+    ended = any((one.mode > column("MOMENTUM")).any() for one in seen)
+    assert ended == (radius > 1)

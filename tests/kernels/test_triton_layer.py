@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from engine_cases import Adjoint, Call, Forward
 
 from fastdeq import AffineCell, BackendError, DEQLayer, Neumann, Picard
-from fastdeq.affine import encode
 
 CELLS = [("dense", 12, "tanh"), ("symmetric", 9, "tanh"), ("orthogonal", 17, "relu")]
 
@@ -19,8 +19,8 @@ def test_values_and_gradients_are_those_of_plain_pytorch(
     x = torch.randn(5, 4, device=device)
     found = {}
     for backend in ("triton", "reference"):
-        narrow = precision if backend == "triton" else "auto"
-        layer = DEQLayer(cell, backend=backend, tol=1e-5, precision=narrow)
+        allowed = precision if backend == "triton" else "auto"
+        layer = DEQLayer(cell, backend=backend, tol=1e-5, precision=allowed)
         z = layer(x)
         z.square().sum().backward()
         assert layer.last_solution.converged.all()
@@ -31,13 +31,20 @@ def test_values_and_gradients_are_those_of_plain_pytorch(
         assert (actual - expected).norm() <= 2e-4 * expected.norm()
 
 
-def test_what_has_no_triton_form_raises_in_the_forward_pass(device):
+def test_what_triton_does_not_have_raises_in_the_forward_pass(device):
     cell = AffineCell(3, 5, scale=0.5).to(device)
     layer = DEQLayer(cell, backend="triton", adjoint="gmres")
     with pytest.raises(BackendError, match=r"adjoint solve.*gmres"):
         layer(torch.randn(2, 3, device=device))
     with pytest.raises(BackendError, match="float64"):
         DEQLayer(cell.double(), backend="triton")(torch.randn(2, 3, device=device).double())
+
+
+def test_a_backend_in_the_place_of_an_engine_is_chosen_when_the_operator_runs(device):
+    """As a compiled layer on a GPU has it, whose batch may be symbolic."""
+    case = Forward(*(t.to(device) for t in (0.1 * torch.randn(7, 7), torch.randn(3, 7))))
+    found, expected = (case.run(Call(Picard()), engine) for engine in ("triton", "whole"))
+    assert torch.equal(found.value, expected.value)
 
 
 def test_an_empty_batch_gives_an_empty_result(device):
@@ -52,7 +59,10 @@ def test_the_operators_are_what_their_schemas_say(dtype, device):
     w = (0.1 * torch.randn(5, 5, device=device)).to(dtype)
     c = torch.randn(3, 5, device=device).to(dtype)
     checks = ("test_schema", "test_faketensor")
-    forward = (w, c, None, "tanh", *encode(Picard()), 1e-3, 20, "auto", True, False)
-    torch.library.opcheck(torch.ops.fastdeq.solve_affine_triton, forward, test_utils=checks)
-    adjoint = (w, torch.rand_like(c), c, *encode(Neumann()), 1e-3, 20)
-    torch.library.opcheck(torch.ops.fastdeq.solve_affine_adjoint_triton, adjoint, test_utils=checks)
+    for engine in ("whole", "steps"):
+        forward = Forward(w, c).arguments(Call(Picard(), 1e-3, 20), engine)
+        op = torch.ops.fastdeq.solve_affine.default
+        torch.library.opcheck(op, forward, test_utils=checks)
+        adjoint = Adjoint(w, torch.rand_like(c), c).arguments(Call(Neumann(), 1e-3, 20), engine)
+        op = torch.ops.fastdeq.solve_affine_adjoint.default
+        torch.library.opcheck(op, adjoint, test_utils=checks)

@@ -20,21 +20,23 @@ def test_one_bad_sample_harms_no_other(make_layer, solver, poison):
     x = torch.randn(5, 6)
     bad = x.clone()
     bad[2, 3] = poison
-    mates = [0, 1, 3, 4]
+    others = [0, 1, 3, 4]
     results = []
     for batch in (x, bad):
         batch = batch.requires_grad_()
         layer.zero_grad()
         z = layer(batch)
-        z[mates].pow(2).sum().backward()
-        results.append((z[mates], batch.grad[mates], [p.grad.clone() for p in layer.parameters()]))
+        z[others].pow(2).sum().backward()
+        results.append(
+            (z[others], batch.grad[others], [p.grad.clone() for p in layer.parameters()])
+        )
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
     for clean, dirty in zip(results[0][2], results[1][2], strict=True):
         torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)
     status = layer.last_solution.status
     assert status[2] == Status.NONFINITE
-    assert (status[mates] == Status.CONVERGED).all()
+    assert (status[others] == Status.CONVERGED).all()
     assert (z[2] == 0).all()
 
 
@@ -103,7 +105,7 @@ def test_sample_that_overflows_inside_has_zero_gradient(path, gradient):
 
 
 @every_solver
-def test_nan_of_one_sample_stays_in_its_row_of_the_driver(solver):
+def test_nan_of_one_sample_stays_in_its_row_of_the_loop(solver):
     """Through a closure, so that no layer cleans the input first."""
     c = torch.randn(4, 5, dtype=torch.float64)
     clean, _ = fixed_point(lambda z: 0.5 * torch.tanh(z) + c, torch.zeros_like(c), solver=solver)
@@ -112,8 +114,8 @@ def test_nan_of_one_sample_stays_in_its_row_of_the_driver(solver):
     dirty, solution = fixed_point(
         lambda z: 0.5 * torch.tanh(z) + c, torch.zeros_like(c), solver=solver, on_failure="ignore"
     )
-    mates = [0, 1, 3]
-    assert torch.equal(clean[mates], dirty[mates])
+    others = [0, 1, 3]
+    assert torch.equal(clean[others], dirty[others])
     assert solution.status.tolist() == [0, 0, Status.NONFINITE, 0]
 
 

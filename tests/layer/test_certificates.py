@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from engine_cases import Call, Forward
-from symmetric_cases import FORMS
+from symmetric_cases import IMPLEMENTATIONS
 
 from fastdeq import AffineCell, Anderson, DEQLayer, Neumann, Picard, Solution, fixed_point
 from fastdeq.activations import ACTIVATIONS
@@ -14,7 +14,7 @@ from fastdeq.solvers.picard import certified_iterations
 
 NONEXPANSIVE = [name for name, phi in ACTIVATIONS.items() if phi.nonexpansive]
 SCALES = [0.5, 0.8, 0.9, 0.95, 0.99]
-form = pytest.mark.parametrize("form", FORMS)
+implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 scales = pytest.mark.parametrize("scale", SCALES)
 BACKENDS = {"engine": "auto", "reference": "reference"}
 
@@ -31,10 +31,12 @@ def worst_case(scale, dtype=torch.float64, size=6):
     )
 
 
-@form
+@implementation
 @scales
 @pytest.mark.parametrize("activation", NONEXPANSIVE)
-def test_the_certified_count_meets_the_tolerance_without_a_stop_test(activation, scale, form):
+def test_the_certified_count_meets_the_tolerance_without_a_stop_test(
+    activation, scale, implementation
+):
     cell = orthogonal_cell(scale, activation)
     for tol in (1e-3, 1e-6):
         layer = DEQLayer(
@@ -44,7 +46,7 @@ def test_the_certified_count_meets_the_tolerance_without_a_stop_test(activation,
             tol=tol,
             adjoint_tol=10 * tol,
             max_iter=2,  # which it does not look at
-            backend=BACKENDS[form],
+            backend=BACKENDS[implementation],
             on_failure="raise",
         )
         x = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
@@ -62,51 +64,51 @@ def test_the_certified_count_meets_the_tolerance_without_a_stop_test(activation,
         assert ((f - z).norm(dim=1) <= tol * f.norm(dim=1)).all()
 
 
-@form
+@implementation
 @scales
 @pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-8])
-def test_the_count_is_tight(tol, scale, form):
+def test_the_count_is_tight(tol, scale, implementation):
     """On the worst case one or two steps fewer are too few: with an odd number the bound is met."""
     count = certified_iterations(scale, tol)
     case = worst_case(scale)
-    enough = getattr(case, form)(Call(Picard(fixed_iterations=count), tol, 10))
+    enough = getattr(case, implementation)(Call(Picard(fixed_iterations=count), tol, 10))
     assert (enough.status == Status.CONVERGED).all()
     fewer = count - 1 if count % 2 == 0 else count - 2
     if fewer >= 1:
-        short = getattr(case, form)(Call(Picard(fixed_iterations=fewer), tol, 10))
+        short = getattr(case, implementation)(Call(Picard(fixed_iterations=fewer), tol, 10))
         assert (short.status == Status.MAX_ITER).all()
         assert (short.iterations == fewer).all()
         exact = (1 + scale) * scale**fewer / (1 - scale ** (fewer + 1))
         torch.testing.assert_close(short.residual, torch.full_like(short.residual, exact))
 
 
-@form
-def test_float32_meets_it_too(form):
+@implementation
+def test_float32_meets_it_too(implementation):
     for scale in SCALES:
         layer = DEQLayer(
             orthogonal_cell(scale, "identity", dtype=torch.float32),
             solver=Picard(fixed_iterations="certified"),
             tol=1e-4,
-            backend=BACKENDS[form],
+            backend=BACKENDS[implementation],
             on_failure="raise",
         )
         layer(torch.randn(9, 5))
 
 
-@form
+@implementation
 @pytest.mark.parametrize("solver", [Picard(fixed_iterations=7), Picard(0.5, 7)], ids=repr)
-def test_a_fixed_number_is_that_number_whatever_the_residual(solver, form):
+def test_a_fixed_number_is_that_number_whatever_the_residual(solver, implementation):
     for case in (
         Forward(torch.zeros(3, 3), torch.ones(2, 3)),  # solved after one
         Forward(-0.9 * torch.eye(3), torch.ones(2, 3)),
         Forward(-1.5 * torch.eye(3), torch.ones(2, 3), "identity"),  # runs away
     ):
-        outputs = getattr(case, form)(Call(solver, 1e-6, 3))
+        outputs = getattr(case, implementation)(Call(solver, 1e-6, 3))
         assert (outputs.iterations == 7).all()
         assert torch.equal(outputs.status == Status.CONVERGED, outputs.residual <= 1e-6)
     bad = torch.ones(2, 3)
     bad[1, 0] = torch.nan
-    outputs = getattr(Forward(0.3 * torch.eye(3), bad), form)(Call(solver, 1e-1, 3))
+    outputs = getattr(Forward(0.3 * torch.eye(3), bad), implementation)(Call(solver, 1e-1, 3))
     assert outputs.status.tolist() == [Status.CONVERGED, Status.NONFINITE]
     assert outputs.iterations[0] == 7
 
@@ -187,8 +189,8 @@ def test_the_error_bound_is_reached_and_not_absurd(dtype, scale):
         case = Forward(
             scale * torch.eye(3, dtype=dtype), torch.randn(5, 3, dtype=dtype), "identity"
         )
-        for form in FORMS:
-            outputs = getattr(case, form)(Call(Picard(), tol, 5000))
+        for implementation in IMPLEMENTATIONS:
+            outputs = getattr(case, implementation)(Call(Picard(), tol, 5000))
             solution = Solution(*outputs[:4], contraction=scale)
             exact = exact_solution(case.weight, case.injection, "identity")
             error = (solution.value.double() - exact).norm(dim=1)

@@ -4,18 +4,19 @@ import pytest
 import torch
 
 import fastdeq
-from fastdeq import AffineCell, BackendError, DEQLayer, extension
+from fastdeq import AffineCell, BackendError, DEQLayer
+from fastdeq.backends import extension
 
-needs_ramp = pytest.mark.skipif(
-    not extension.has_ramp, reason="this machine has no 8-bit and bfloat16 products"
+needs_low_precision = pytest.mark.skipif(
+    not extension.has_low_precision, reason="this machine has no 8-bit and bfloat16 products"
 )
 
 
-@needs_ramp
+@needs_low_precision
 @pytest.mark.parametrize(
     ("reason", "options"),
     [
-        ("backend='reference'", {"backend": "reference"}),
+        ("no low-precision products", {"backend": "reference"}),
         ("no solver 'gmres'", {"adjoint": "gmres"}),
         ("float64", {"dtype": torch.float64}),
     ],
@@ -37,7 +38,7 @@ def test_unknown_precision_lists_the_known_ones():
         DEQLayer(AffineCell(4, 8, scale=0.5), precision="bfloat16")
 
 
-@needs_ramp
+@needs_low_precision
 @pytest.mark.parametrize("weight", ["dense", "orthogonal", "symmetric"])
 def test_gradients_agree_to_the_tolerance(weight):
     """|z - z*| <= tol |z| / (1 - L) and likewise for the adjoint: L = 0.6 gives 2.5 tol each, and

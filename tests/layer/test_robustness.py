@@ -174,16 +174,19 @@ def test_raise_also_from_the_backward_pass():
 
 
 def test_the_best_iterate_is_returned_not_the_last():
-    layer = DEQLayer(affine(6, 32, scale=6.0), max_iter=40, solver="picard", on_failure="ignore")
-    x = torch.randn(4, 6)
+    """The map is chaotic: float64 and few steps, so that rounding (1e-16, times 6 for each of 12
+    steps at most, 2e-7) does not decide."""
+    layer = DEQLayer(affine(6, 32, scale=6.0), max_iter=12, solver="picard", on_failure="ignore")
+    layer.double()
+    x = torch.randn(4, 6, dtype=torch.float64)
     z = layer(x)
     residual = layer.cell(z, x) - z
     relative = residual.norm(dim=1) / layer.cell(z, x).norm(dim=1)
-    torch.testing.assert_close(relative, layer.last_solution.residual, rtol=1e-4, atol=1e-6)
-    residuals, state = [], torch.zeros(4, 32)
-    for _ in range(41):
+    torch.testing.assert_close(relative, layer.last_solution.residual, rtol=1e-6, atol=1e-8)
+    residuals, state = [], torch.zeros(4, 32, dtype=torch.float64)
+    for _ in range(13):
         following = layer.cell(state, x)
         residuals.append((following - state).norm(dim=1) / following.norm(dim=1))
         state = following
     best = torch.stack(residuals).amin(0)
-    torch.testing.assert_close(layer.last_solution.residual, best, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(layer.last_solution.residual, best, rtol=1e-5, atol=1e-6)

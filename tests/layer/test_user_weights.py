@@ -73,7 +73,7 @@ def test_what_a_weight_states_is_checked(stated, error, message):
 
 @pytest.mark.parametrize("size", [32, 520])
 def test_a_false_tag_cannot_make_a_residual_lie(size):
-    """Half of W is read, and one copy serves both directions, only where W is built symmetric."""
+    """Half of W is read, and one copy does for both directions, only where W is built symmetric."""
     weight = Tagged(torch.eye(size) * 0.1)
     cell = AffineCell(3, size, weight=weight)
     layer = DEQLayer(cell, on_failure="ignore", tol=1e-5)

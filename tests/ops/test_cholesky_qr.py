@@ -5,13 +5,15 @@ import torch
 from factor_cases import check_factors, orthogonality_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdeq import extension, factor
-from fastdeq.factor import factors, pull_back, pull_back_q
-from fastdeq.parametrizations import FactorCache
+from fastdeq.backends import extension
+from fastdeq.ops import cholesky_qr2 as cholesky_qr2_module
+from fastdeq.ops import orthogonal_factor as factor
+from fastdeq.ops.orthogonal_factor import factors, pull_back, pull_back_q
+from fastdeq.weights import FactorCache
 
 pytestmark = pytest.mark.skipif(bool(extension.why_missing), reason="no extension here")
 
-FORMS = pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
+both_precisions = pytest.mark.parametrize("wide", [True, False], ids=["wide", "as the input"])
 
 
 def cholesky_qr2(a, check=True, wide=True):
@@ -29,7 +31,7 @@ def with_spectrum(m, n, condition, spectrum, dtype=torch.float32):
     return ((u * s) @ v.T).to(dtype)
 
 
-@FORMS
+@both_precisions
 @pytest.mark.parametrize("spectrum", ["even", "one small", "one large"])
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("shape", [(2, 2), (7, 3), (600, 8), (33, 33), (130, 130), (300, 257)])
@@ -53,7 +55,7 @@ def test_orthogonality_in_float64(shape, condition, spectrum):
     check_factors(a, q, r)
 
 
-@FORMS
+@both_precisions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agrees_with_householder(dtype, wide):
     a = with_spectrum(90, 70, 20, "even", dtype)
@@ -69,7 +71,7 @@ def test_agrees_with_householder(dtype, wide):
         assert torch.linalg.matrix_norm(off - true, 2) > bound
 
 
-@FORMS
+@both_precisions
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e25, 1e37])
 def test_no_scale_over_or_underflows(scale, wide):
     a = with_spectrum(40, 40, 10, "even")
@@ -94,7 +96,7 @@ def hopeless(n):
         yield a
 
 
-@FORMS
+@both_precisions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [4, 70])
 def test_what_is_said_to_be_good_is_good_and_the_rest_is_nan_throughout(n, dtype, wide):
@@ -123,7 +125,7 @@ def test_a_loss_of_orthogonality_that_two_passes_cannot_repair_is_noticed():
     assert not judged[-1]
 
 
-@FORMS
+@both_precisions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("check", [True, False])
 def test_no_number_is_read_on_the_host(dtype, check, wide):
@@ -174,9 +176,9 @@ def test_the_gradient_reads_no_number(shape):
     assert count.reads == 0
 
 
-def test_householder_takes_over_where_it_fails(monkeypatch):
+def test_householder_follows_where_it_fails(monkeypatch):
     # As on a GPU, where "auto" is CholeskyQR2.
-    original = factor._cholesky_qr2
+    original = factor.cholesky_qr2
     failed = []
 
     def counted(a, capturing):
@@ -184,8 +186,8 @@ def test_householder_takes_over_where_it_fails(monkeypatch):
         failed.append(found is None)
         return found
 
-    monkeypatch.setattr(factor, "_cholesky_qr2", counted)
-    monkeypatch.setattr(factor, "_prefers_cholesky_qr2", lambda a: True)
+    monkeypatch.setattr(factor, "cholesky_qr2", counted)
+    monkeypatch.setattr(factor, "prefers_cholesky_qr2", lambda a: True)
     for a in hopeless(20):
         q = factors(a).q
         # Sums of equal terms round worse than random ones: eps sqrt(n) per entry.
@@ -201,15 +203,15 @@ def test_the_error_names_what_to_use():
         factors(torch.zeros(4, 4), "cholesky_qr2")
 
 
-def test_without_the_operator_other_methods_serve(monkeypatch):
-    monkeypatch.setattr(factor, "_has_cholesky_qr2", lambda: False)
+def test_without_the_operator_other_methods_are_used(monkeypatch):
+    monkeypatch.setattr(cholesky_qr2_module, "has_cholesky_qr2", lambda: False)
     a = torch.randn(6, 6)
     with pytest.raises(RuntimeError, match="needs the compiled extension"):
         factors(a, "cholesky_qr2")
     assert orthogonality_error(factors(a).q) <= 1e-6
 
 
-@FORMS
+@both_precisions
 def test_autocast_gradients_and_tf32_do_not_reach_it(wide):
     a = with_spectrum(60, 60, 5, "even").requires_grad_()
     before = torch.get_float32_matmul_precision()
@@ -224,14 +226,14 @@ def test_autocast_gradients_and_tf32_do_not_reach_it(wide):
     check_factors(a.detach(), q.detach(), r.detach())
 
 
-@FORMS
+@both_precisions
 @pytest.mark.parametrize("shape", [(6, 4), (1, 1), (3, 0), (0, 0)])
 def test_opcheck(shape, wide):
     torch.library.opcheck(torch.ops.fastdeq.cholesky_qr2, (torch.randn(*shape), False, wide))
 
 
 def test_a_cache_uses_it_and_its_gradient(monkeypatch):
-    monkeypatch.setattr(factor, "_prefers_cholesky_qr2", lambda a: True)
+    monkeypatch.setattr(factor, "prefers_cholesky_qr2", lambda a: True)
     a = with_spectrum(30, 30, 5, "even", torch.float64).requires_grad_()
     g = torch.randn_like(a)
     cache = FactorCache()

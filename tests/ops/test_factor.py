@@ -4,8 +4,10 @@ import pytest
 import torch
 from factor_cases import check_factors, orthogonality_error, with_condition
 
-from fastdeq import extension, factor, gram_schmidt
-from fastdeq.factor import (
+from fastdeq.backends import extension
+from fastdeq.ops import gram_schmidt
+from fastdeq.ops import orthogonal_factor as factor
+from fastdeq.ops.orthogonal_factor import (
     CHOLESKY_FROM,
     METHODS,
     diagonal_inverses,

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from engine_cases import Adjoint, Call, Forward
 
-from fastdeq import extension, ops, reference
-from fastdeq.affine import encode
+from fastdeq import BackendError
+from fastdeq.backends import extension
+from fastdeq.ops import anderson_mix
 from fastdeq.solvers import GMRES, Anderson, Neumann, Picard
 
 needs_extension = pytest.mark.skipif(
@@ -67,7 +69,7 @@ def test_cpp_mix_matches_the_reference(dtype, shape, damping, layout):
         count = torch.stack([count, count - 9], 1)[:, 0]
     ours, exact = gram.clone(), gram.clone()
     z, dropped, rejected = torch.ops.fastdeq.anderson_mix(f, g, ours, count, *arguments)
-    z_ref, dropped_ref, rejected_ref = reference.anderson_mix(f, g, exact, count, *arguments)
+    z_ref, dropped_ref, rejected_ref = anderson_mix.reference(f, g, exact, count, *arguments)
     assert torch.equal(dropped, dropped_ref)
     assert torch.equal(rejected, rejected_ref)
     error = (z.double() - z_ref.double()).abs()
@@ -81,7 +83,7 @@ def test_the_comparison_sees_a_planted_error(plant):
     f, g, gram, count = mix_inputs(16, 6, 33, torch.float32)
     count[:] = 4
     arguments = list(options(slot=2, damping=0.8))
-    good, *_ = reference.anderson_mix(f, g, gram.clone(), count, *arguments)
+    good, *_ = anderson_mix.reference(f, g, gram.clone(), count, *arguments)
     allowed = bound(f, g, arguments[0], arguments[2])
     if plant == "stale gram":
         gram[:, 0, 1] *= 1.01
@@ -95,18 +97,18 @@ def test_the_comparison_sees_a_planted_error(plant):
     assert ((bad.double() - good.double()).abs() > allowed).any()
 
 
-FORMS = {"reference": reference.anderson_mix}
+IMPLEMENTATIONS = {"reference": anderson_mix.reference}
 if extension.module is not None:
-    FORMS["cpp"] = torch.ops.fastdeq.anderson_mix
+    IMPLEMENTATIONS["cpp"] = torch.ops.fastdeq.anderson_mix
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("mix", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 class TestEveryForm:
-    def test_minimises_the_residual(self, form):
+    def test_minimises_the_residual(self, mix):
         """Against float64 least squares on the differences themselves, not on their products."""
         f, g, gram, count = mix_inputs(5, 4, 20, torch.float64)
         count[:] = 3
-        z, dropped, rejected = form(
+        z, dropped, rejected = mix(
             f, g, gram, count, *options(slot=0, damping=1.0, regularization=0)
         )
         df, dg = f[:, :1] - f[:, 1:], g[:, :1] - g[:, 1:]
@@ -117,49 +119,49 @@ class TestEveryForm:
         assert not dropped.any()
         assert not rejected.any()
 
-    def test_one_nan_sample_leaves_its_mates_bitwise_alone(self, form):
+    def test_one_nan_sample_leaves_the_others_bitwise_alone(self, mix):
         f, g, gram, count = mix_inputs(6, 5, 40, torch.float32)
-        clean, *_ = form(f, g, gram.clone(), count, *options())
+        clean, *_ = mix(f, g, gram.clone(), count, *options())
         f[2], g[2], gram[2] = torch.nan, torch.nan, torch.nan
-        dirty, *_ = form(f, g, gram, count, *options())
-        mates = [0, 1, 3, 4, 5]
-        assert torch.equal(clean[mates], dirty[mates])
+        dirty, *_ = mix(f, g, gram, count, *options())
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(clean[others], dirty[others])
 
-    def test_poisoned_unused_slots_never_enter(self, form):
+    def test_poisoned_unused_slots_never_enter(self, mix):
         f, g, gram, count = mix_inputs(4, 6, 30, torch.float32)
         count[:] = 2  # slots 1, 0 and 5 are in use
-        clean, *_ = form(f, g, gram.clone(), count, *options(slot=1))
+        clean, *_ = mix(f, g, gram.clone(), count, *options(slot=1))
         unused = [2, 3, 4]
         f[:, unused], g[:, unused] = torch.nan, torch.inf
         gram[:, unused, :], gram[:, :, unused] = torch.nan, torch.nan
-        dirty, dropped, rejected = form(f, g, gram, count, *options(slot=1))
+        dirty, dropped, rejected = mix(f, g, gram, count, *options(slot=1))
         assert torch.equal(clean, dirty)
         assert not dropped.any()
         assert not rejected.any()
 
-    def test_repeated_columns_are_dropped_and_counted(self, form):
+    def test_repeated_columns_are_dropped_and_counted(self, mix):
         f, g, gram, count = mix_inputs(3, 4, 10, torch.float64)
         for t in (f, g):
             t[:, 2] = t[:, 3]
         gram = g @ g.transpose(1, 2)
         count[:] = 3
-        _, dropped, rejected = form(f, g, gram, count, *options(slot=0, regularization=0.0))
+        _, dropped, rejected = mix(f, g, gram, count, *options(slot=0, regularization=0.0))
         assert dropped.tolist() == [1, 1, 1]
         assert not rejected.any()
 
-    def test_identical_history_falls_back_to_the_plain_step(self, form):
+    def test_identical_history_falls_back_to_the_plain_step(self, mix):
         f, g, gram, count = mix_inputs(3, 4, 10, torch.float32)
         f[:], g[:] = f[:, :1].clone(), g[:, :1].clone()
         gram = g.double() @ g.double().transpose(1, 2)
         count[:] = 3
-        z, dropped, _ = form(f, g, gram, count, *options(slot=0, damping=1.0))
+        z, dropped, _ = mix(f, g, gram, count, *options(slot=0, damping=1.0))
         assert torch.equal(z, f[:, 0])
         assert dropped.tolist() == [3, 3, 3]
 
-    def test_weight_cap_rejects_to_the_plain_step(self, form):
+    def test_weight_cap_rejects_to_the_plain_step(self, mix):
         f, g, gram, count = mix_inputs(3, 4, 10, torch.float64)
         count[:] = 3
-        z, _, rejected = form(f, g, gram, count, *options(slot=0, damping=0.5, max_weight=1e-3))
+        z, _, rejected = mix(f, g, gram, count, *options(slot=0, damping=0.5, max_weight=1e-3))
         assert rejected.all()
         torch.testing.assert_close(z, f[:, 0] - 0.5 * g[:, 0])
 
@@ -174,7 +176,7 @@ def test_cpp_mix_refuses_what_does_not_fit():
         mix(f, g, gram.float(), count, *options())
     with pytest.raises(RuntimeError, match="count must be int32"):
         mix(f, g, gram, count.long(), *options())
-    with pytest.raises(RuntimeError, match=r"slot 4 is not in \[0, 4\)"):
+    with pytest.raises(RuntimeError, match=r"newest 4 is not in \[0, 4\)"):
         mix(f, g, gram, count, *options(slot=4))
     with pytest.raises(RuntimeError, match="differ in dtype"):
         mix(f, g.double(), gram, count, *options())
@@ -186,31 +188,43 @@ def test_opcheck_anderson_mix(dtype):
     torch.library.opcheck(torch.ops.fastdeq.anderson_mix, (f, g, gram, count, *options()))
 
 
-@pytest.mark.parametrize("form", ["", "_reference"])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=repr)
-def test_opcheck_solve_affine(dtype, solver, form):
+def test_opcheck_solve_affine(dtype, solver, engine):
     w, c = (0.1 * torch.randn(5, 5)).to(dtype), torch.randn(3, 5).to(dtype)
-    arguments = (w, c, torch.zeros_like(c), "tanh", *encode(solver), 1e-3, 20)
-    torch.library.opcheck(getattr(torch.ops.fastdeq, f"solve_affine{form}"), arguments)
+    arguments = Forward(w, c, "tanh", torch.zeros_like(c)).arguments(Call(solver, 1e-3, 20), engine)
+    torch.library.opcheck(torch.ops.fastdeq.solve_affine.default, arguments)
 
 
-@pytest.mark.parametrize("form", ["", "_reference"])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("solver", [Neumann(), GMRES(), Anderson()], ids=repr)
-def test_opcheck_solve_affine_adjoint(dtype, solver, form):
+def test_opcheck_solve_affine_adjoint(dtype, solver, engine):
     w, g = (0.1 * torch.randn(5, 5)).to(dtype), torch.randn(3, 5).to(dtype)
-    arguments = (w, torch.rand_like(g), g, *encode(solver), 1e-3, 20)
-    torch.library.opcheck(getattr(torch.ops.fastdeq, f"solve_affine_adjoint{form}"), arguments)
+    arguments = Adjoint(w, torch.rand_like(g), g).arguments(Call(solver, 1e-3, 20), engine)
+    torch.library.opcheck(torch.ops.fastdeq.solve_affine_adjoint.default, arguments)
 
 
-def test_every_operator_is_checked_here():
-    solves = {"solve_affine", "solve_affine_adjoint"}
-    others = {"anderson_mix", "symmetric_part"}
-    # Those of the GPU backends need one, or the interpreter: tests/gpu.
-    gpu = {"_triton", "_cuda", "_persistent"}
-    checked = {f"{name}_reference" for name in solves} | others | solves
-    assert set(ops.SCHEMAS) - {name + form for name in solves for form in gpu} == checked
+def test_an_engine_that_is_not_there_is_an_error_with_the_names():
+    case, call = Forward(0.1 * torch.eye(3), torch.randn(2, 3)), Call(Picard(), 1e-3, 20)
+    with pytest.raises(ValueError, match="unknown engine 'fast'; valid choices: 'cpp'"):
+        case.run(call, "fast")
+    with pytest.raises(BackendError, match="backend='cuda' is not available for this solve"):
+        case.run(call, "cuda")  # a backend's name: as a compiled layer on a GPU passes it
+    with pytest.raises(BackendError, match="no engine 'persistent' for tensors on cpu"):
+        case.run(call, "persistent")
+
+
+def test_there_are_eight_operators():
+    """Each with its own opcheck: here, in test_factor.py, test_cholesky_qr.py and, for what only
+    tests use, test_vector_math.py."""
+    schemas = torch._C._jit_get_all_schemas()
+    names = sorted(s.name for s in schemas if s.name.startswith("fastdeq::"))
+    in_cpp = ["fastdeq::cholesky_qr2", "fastdeq::engine_activation"] if extension.module else []
+    expected = ["anderson_mix", "orthogonal_factor", "orthogonal_factor_backward"]
+    expected += ["solve_affine", "solve_affine_adjoint", "symmetric_part"]
+    assert names == sorted(in_cpp + [f"fastdeq::{name}" for name in expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

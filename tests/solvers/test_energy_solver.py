@@ -1,4 +1,4 @@
-"""The energy solver: what it promises of E, where it converges, and both forms of it alike.
+"""The energy solver: what it promises of E, where it converges, and both implementations alike.
 
 E(z) = sum Phi*(z_i) - z^T W z / 2 - c^T z,   Phi*(z) = a z - Phi(a),   z = phi(a),   grad E = -s
 """
@@ -10,12 +10,19 @@ import pytest
 import torch
 from energy_cases import allowance, energy
 from engine_cases import Call, Forward
-from symmetric_cases import FORMS, MONOTONE, relative_residual, symmetric_cell, symmetric_weight
+from symmetric_cases import (
+    IMPLEMENTATIONS,
+    MONOTONE,
+    relative_residual,
+    symmetric_cell,
+    symmetric_weight,
+)
 
-from fastdeq import driver, extension, solvers
+from fastdeq import solvers
 from fastdeq.activations import ACTIVATIONS
+from fastdeq.backends import extension
 from fastdeq.solution import Status
-from fastdeq.solvers import Energy
+from fastdeq.solvers import Energy, loop
 from fastdeq.solvers.base import AffineMap, Structure
 
 BOUNDED = [name for name in MONOTONE if ACTIVATIONS[name].bounded]
@@ -25,7 +32,7 @@ momentum = pytest.mark.parametrize("momentum", [False, True])
 
 
 def descent(case, **options):
-    """Iterates a (B, d) that the reference form accepts, one tensor for each of its steps, with NaN
+    """Iterates a (B, d) that the reference accepts, one tensor for each of its steps, with NaN
     for samples that made none, and its solution."""
     accepted = []
 
@@ -41,7 +48,7 @@ def descent(case, **options):
             super()._begin(state, phi, rows, *args)
 
     c, dtype = case.injection, case.weight.dtype
-    solution = driver.solve(
+    solution = loop.solve(
         AffineMap(c, lambda z: z @ case.weight.t(), activation=ACTIVATIONS[case.activation]),
         torch.zeros_like(c),
         Recorder(**options),
@@ -127,12 +134,12 @@ def test_primitives_are_integrals(activation):
 
 @pytest.mark.parametrize("solver", ["energy", "auto"])
 @pytest.mark.parametrize("scale", [0.9, 2.0, 4.0, 8.0])
-@pytest.mark.parametrize("form", FORMS)
-def test_products_at_scales_where_damped_steps_need_a_thousand(form, scale, solver):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_products_at_scales_where_damped_steps_need_a_thousand(implementation, scale, solver):
     case = symmetric_cell(64, 256, scale, torch.float32)
     structure = Structure(None, frozenset({"symmetric", "monotone"}), affine=True)
-    chosen = solvers.choose(solver, structure, 1e-5, adjoint=False)
-    outputs = getattr(case, form)(Call(chosen, 1e-5, 600))
+    chosen = solvers.resolve(solver, structure, 1e-5, adjoint=False)
+    outputs = getattr(case, implementation)(Call(chosen, 1e-5, 600))
     assert (outputs.status == Status.CONVERGED).all()
     assert outputs.iterations.max() <= (30 if scale < 1 else 300)
     noise = case.rounding(outputs.value, 2**-24) / outputs.value.double().norm(dim=1)
@@ -147,10 +154,10 @@ def test_every_monotone_activation(activation, size, momentum, dtype):
     tol = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
     scales = (0.5, 3.0, 20.0) if activation in BOUNDED else (0.5, 0.95)
     for scale in scales:
-        for form in FORMS:
+        for implementation in IMPLEMENTATIONS:
             case = symmetric_cell(9, size, scale, dtype, activation)
-            outputs = getattr(case, form)(Call(Energy(momentum), tol, 1000))
-            assert (outputs.status == Status.CONVERGED).all(), (scale, form, outputs)
+            outputs = getattr(case, implementation)(Call(Energy(momentum), tol, 1000))
+            assert (outputs.status == Status.CONVERGED).all(), (scale, implementation, outputs)
             noise = case.rounding(outputs.value, torch.finfo(dtype).eps / 2)
             bound = tol + noise / (case.step(outputs.value).norm(dim=1) + 1e-9)
             assert (relative_residual(case, outputs.value) <= bound).all()
@@ -176,12 +183,12 @@ def test_the_engine_takes_the_steps_of_the_reference(momentum, activation):
 
 
 @pytest.mark.parametrize("activation", UNBOUNDED)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @momentum
-def test_an_energy_without_a_lower_bound_ends_calmly(momentum, form, activation):
+def test_an_energy_without_a_lower_bound_ends_calmly(momentum, implementation, activation):
     for scale in (1.5, 4.0):
         case = symmetric_cell(6, 20, scale, torch.float32, activation)
-        outputs = getattr(case, form)(Call(Energy(momentum), 1e-5, 500))
+        outputs = getattr(case, implementation)(Call(Energy(momentum), 1e-5, 500))
         assert outputs.value.isfinite().all()
         met = outputs.residual <= 1e-5
         assert torch.equal(met, outputs.status == Status.CONVERGED)
@@ -189,51 +196,53 @@ def test_an_energy_without_a_lower_bound_ends_calmly(momentum, form, activation)
 
 
 @pytest.mark.parametrize("activation", MONOTONE)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @momentum
-def test_bad_samples_do_not_harm_their_batch_mates(momentum, form, activation):
+def test_bad_samples_do_not_harm_the_others(momentum, implementation, activation):
     case = symmetric_cell(8, 30, 0.9, torch.float64, activation)
     call = Call(Energy(momentum), 1e-9, 300)
-    good = getattr(case, form)(call)
+    good = getattr(case, implementation)(call)
     c = case.injection.clone()
     c[1], c[3, 4], c[5], c[6, 2] = torch.nan, torch.inf, 1e30, -1e30
-    outputs = getattr(Forward(case.weight, c, activation), form)(call)
+    outputs = getattr(Forward(case.weight, c, activation), implementation)(call)
     assert outputs.value.isfinite().all()
     assert outputs.status[1] == Status.NONFINITE
-    mates = [0, 2, 4, 7]
-    assert (outputs.status[mates] == Status.CONVERGED).all()
-    assert torch.equal(outputs.iterations[mates], good.iterations[mates])
-    torch.testing.assert_close(outputs.value[mates], good.value[mates], rtol=1e-12, atol=1e-12)
+    others = [0, 2, 4, 7]
+    assert (outputs.status[others] == Status.CONVERGED).all()
+    assert torch.equal(outputs.iterations[others], good.iterations[others])
+    torch.testing.assert_close(outputs.value[others], good.value[others], rtol=1e-12, atol=1e-12)
     if activation in BOUNDED:
         assert (outputs.status[[5, 6]] == Status.CONVERGED).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @momentum
-def test_a_start_is_respected(momentum, form):
+def test_a_start_is_respected(momentum, implementation):
     case = symmetric_cell(8, 30, 3.0)
     call = Call(Energy(momentum), 1e-10, 500)
-    solved = getattr(case, form)(call)
-    again = getattr(Forward(case.weight, case.injection, "tanh", solved.value), form)(call)
+    solved = getattr(case, implementation)(call)
+    again = getattr(Forward(case.weight, case.injection, "tanh", solved.value), implementation)(
+        call
+    )
     assert (again.iterations == 0).all()
     assert torch.equal(again.value, solved.value)
     near = solved.value + 1e-4 * torch.randn_like(solved.value)
-    third = getattr(Forward(case.weight, case.injection, "tanh", near), form)(call)
+    third = getattr(Forward(case.weight, case.injection, "tanh", near), implementation)(call)
     assert (third.status == Status.CONVERGED).all()
     assert third.iterations.float().mean() < solved.iterations.float().mean()
 
 
 @dtypes
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @momentum
-def test_few_updates_and_no_tolerance(momentum, form, dtype):
+def test_few_updates_and_no_tolerance(momentum, implementation, dtype):
     case = symmetric_cell(8, 30, 3.0, dtype)
     for updates in (1, 2, 3):
-        outputs = getattr(case, form)(Call(Energy(momentum), 1e-9, updates))
+        outputs = getattr(case, implementation)(Call(Energy(momentum), 1e-9, updates))
         assert (outputs.status == Status.MAX_ITER).all()
         assert (outputs.iterations == updates).all()
         assert outputs.residual.isfinite().all()
-    outputs = getattr(case, form)(Call(Energy(momentum), 0.0, 1000))
+    outputs = getattr(case, implementation)(Call(Energy(momentum), 0.0, 1000))
     stuck = (outputs.status == Status.STAGNATED) | (outputs.iterations == 1000)
     assert (stuck | (outputs.residual == 0)).all()
     noise = case.rounding(outputs.value, torch.finfo(dtype).eps / 2)
@@ -242,7 +251,7 @@ def test_few_updates_and_no_tolerance(momentum, form, dtype):
     ).all()
 
 
-@pytest.mark.skipif(not extension.has_ramp, reason="no narrow products here")
+@pytest.mark.skipif(not extension.has_low_precision, reason="no low-precision products here")
 @momentum
 def test_mixed_precision_is_verified(momentum):
     for scale in (0.9, 2.0, 4.0):

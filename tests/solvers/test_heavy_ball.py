@@ -1,18 +1,19 @@
-"""Heavy-ball steps: the rate that theory gives, any first guess, and both forms of them alike."""
+"""Heavy-ball steps: the rate that theory gives, any first guess, and both implementations alike."""
 
 import math
 
 import pytest
 import torch
 from engine_cases import Adjoint, Call
-from symmetric_cases import FORMS, relative_residual, symmetric_cell, symmetric_weight
+from symmetric_cases import IMPLEMENTATIONS, relative_residual, symmetric_cell, symmetric_weight
 
-from fastdeq import DEQLayer, extension, fixed_point
+from fastdeq import DEQLayer, fixed_point
+from fastdeq.backends import extension
 from fastdeq.solution import Status
 from fastdeq.solvers import Anderson, HeavyBall, Picard
 
 RADII = [0.3, 0.5, 0.7, 0.9, 0.95, 0.98]
-form = pytest.mark.parametrize("form", FORMS)
+implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def rate(radius):
@@ -28,14 +29,14 @@ def theory(radius, tol):
     return next(k for k in range(10_000) if r**k * (1 + k * slope) <= tol)
 
 
-@form
+@implementation
 @pytest.mark.parametrize("radius", RADII)
-def test_linear_rate(radius, form):
+def test_linear_rate(radius, implementation):
     """The residual has (1 - lambda) next to the error. Omega is right from the start; a fifth for
     the estimate, which can only rise."""
     case = symmetric_cell(16, 200, radius, torch.float64, "identity")
     for tol in (1e-4, 1e-8):
-        outputs = getattr(case, form)(Call(HeavyBall(radius), tol, 1000))
+        outputs = getattr(case, implementation)(Call(HeavyBall(radius), tol, 1000))
         assert (outputs.status == Status.CONVERGED).all()
         spread = (1 + radius) / (1 - radius)  # |r_k| / |r_0| over |e_k| / |e_0|
         assert outputs.iterations.max() <= 1.2 * theory(radius, tol / spread) + 2
@@ -70,14 +71,14 @@ def test_about_as_many_steps_as_anderson_acceleration(radius, activation):
     assert mine <= 1.25 * plain
 
 
-@form
+@implementation
 @pytest.mark.parametrize("guess", [0.0, 0.2, 0.5, 0.9, 0.98])
 @pytest.mark.parametrize("radius", [0.05, 0.5, 0.9, 0.99])
-def test_converges_whatever_the_first_guess(radius, guess, form):
+def test_converges_whatever_the_first_guess(radius, guess, implementation):
     """Never slower, in the long run, than the rate of the largest omega or of the radius."""
     case = symmetric_cell(9, 60, radius, torch.float64, "identity")
     tol = 1e-7
-    outputs = getattr(case, form)(Call(HeavyBall(guess), tol, 1000))
+    outputs = getattr(case, implementation)(Call(HeavyBall(guess), tol, 1000))
     assert (outputs.status == Status.CONVERGED).all()
     slowest = theory(0.98, tol * (1 - radius) / (1 + radius))
     if radius > 0.98:  # omega (1 - radius) per step of the slowest eigenvalue
@@ -125,8 +126,8 @@ def test_the_engine_takes_the_steps_of_the_reference(activation, radius):
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 def test_float32_and_mixed_precision_verified_in_float64(activation, precision):
-    if precision == "mixed" and not extension.has_ramp:
-        pytest.skip("no narrow products here")
+    if precision == "mixed" and not extension.has_low_precision:
+        pytest.skip("no low-precision products here")
     for radius in (0.5, 0.9, 0.97):
         case = symmetric_cell(40, 100, radius, torch.float32, activation)
         outputs = case.engine(Call(HeavyBall(), 1e-5, 300, precision))
@@ -156,22 +157,22 @@ def test_general_maps_and_their_gradients():
     torch.testing.assert_close(grad, torch.linalg.solve(matrix, d * g), rtol=1e-9, atol=1e-9)
 
 
-@form
-def test_what_does_not_contract_ends_with_a_status(form):
+@implementation
+def test_what_does_not_contract_ends_with_a_status(implementation):
     for radius in (1.5, 10.0):
         case = symmetric_cell(5, 30, radius, torch.float32, "identity")
-        outputs = getattr(case, form)(Call(HeavyBall(), 1e-5, 500))
+        outputs = getattr(case, implementation)(Call(HeavyBall(), 1e-5, 500))
         assert (outputs.status != Status.CONVERGED).all()
         assert outputs.value.isfinite().all()
         assert outputs.iterations.max() <= 200
 
 
-@form
-def test_bad_samples_do_not_harm_their_batch_mates(form):
+@implementation
+def test_bad_samples_do_not_harm_the_others(implementation):
     case = symmetric_cell(5, 30, 0.9, torch.float64)
-    good = getattr(case, form)(Call(HeavyBall(), 1e-9, 300))
+    good = getattr(case, implementation)(Call(HeavyBall(), 1e-9, 300))
     case.injection[1], case.injection[3, 2] = torch.nan, 1e30
-    outputs = getattr(case, form)(Call(HeavyBall(), 1e-9, 300))
+    outputs = getattr(case, implementation)(Call(HeavyBall(), 1e-9, 300))
     assert outputs.status.tolist() == [0, Status.NONFINITE, 0, 0, 0]
     torch.testing.assert_close(outputs.value[::2], good.value[::2], rtol=1e-12, atol=1e-12)
 

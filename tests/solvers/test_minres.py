@@ -1,44 +1,44 @@
-"""MINRES for adjoints of symmetric cells: exact, definite or not, and both forms of it alike."""
+"""MINRES for adjoints of symmetric cells: exact, definite or not, in both implementations."""
 
 import pytest
 import torch
 from engine_cases import Adjoint, Call
 from gradient_cases import as_function, make_cell, parameters_of, unrolled
 from minres_cases import check_exact, slopes
-from symmetric_cases import FORMS, adjoint_at, symmetric_cell, symmetric_weight
+from symmetric_cases import IMPLEMENTATIONS, adjoint_at, symmetric_cell, symmetric_weight
 
 from fastdeq import AffineCell, DEQLayer
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.solution import Status
 from fastdeq.solvers import MINRES, Anderson, Energy, Neumann
 
-form = pytest.mark.parametrize("form", FORMS)
+implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 momentum = pytest.mark.parametrize("momentum", [False, True])
 SLOPES = ["positive", "zeros and ones", "some zeros", "all ones"]
 
 
-@form
+@implementation
 @momentum
 @pytest.mark.parametrize("kind", SLOPES)
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64])
-def test_equals_a_direct_solve(size, kind, momentum, form):
+def test_equals_a_direct_solve(size, kind, momentum, implementation):
     for radius in (0.5, 0.95, 2.0, 4.0):
         w = symmetric_weight(size, radius)
         case = Adjoint(w, slopes(kind, 5, size), torch.randn(5, size, dtype=w.dtype))
-        outputs = getattr(case, form)(Call(MINRES(momentum), 1e-11, 1000))
+        outputs = getattr(case, implementation)(Call(MINRES(momentum), 1e-11, 1000))
         assert (outputs.status == Status.CONVERGED).all()
         check_exact(case, outputs, 1e-11)
         assert (outputs.value[case.slope == 0] == 0).all()
 
 
-@form
+@implementation
 @momentum
 @pytest.mark.parametrize("activation", ["relu", "hardtanh", "tanh", "sigmoid"])
-def test_at_equilibria_of_cells(activation, momentum, form):
+def test_at_equilibria_of_cells(activation, momentum, implementation):
     scale = {"relu": 0.9, "sigmoid": 20.0}.get(activation, 3.0)
     forward = symmetric_cell(6, 48, scale, torch.float32, activation)
     case = adjoint_at(forward, forward.engine(Call(Energy(), 1e-5, 1000)).value)
-    outputs = getattr(case, form)(Call(MINRES(momentum), 1e-5, 500))
+    outputs = getattr(case, implementation)(Call(MINRES(momentum), 1e-5, 500))
     assert (outputs.status == Status.CONVERGED).all()
     check_exact(case, outputs, 1e-5)
 
@@ -48,15 +48,15 @@ def test_a_definite_system_needs_no_more_products_than_entries():
     case = Adjoint(
         symmetric_weight(6, 0.9), slopes("positive", 4, 6), torch.randn(4, 6, dtype=torch.float64)
     )
-    for form in FORMS:
-        assert (getattr(case, form)(Call(MINRES(), 1e-12, 100)).iterations <= 6 + 2).all()
+    for implementation in IMPLEMENTATIONS:
+        assert (getattr(case, implementation)(Call(MINRES(), 1e-12, 100)).iterations <= 6 + 2).all()
 
 
-@form
+@implementation
 @momentum
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("gap", [0.0, 1e-14, 1e-8, 1e-3])
-def test_singular_systems_end_with_a_true_status(gap, dtype, momentum, form):
+def test_singular_systems_end_with_a_true_status(gap, dtype, momentum, implementation):
     q, _ = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64))
     values = torch.linspace(-2, 0.8, 30, dtype=torch.float64)
     values[-1] = 1 - gap
@@ -66,7 +66,7 @@ def test_singular_systems_end_with_a_true_status(gap, dtype, momentum, form):
     g[1] -= (g[1] @ q[:, -1]) * q[:, -1]  # one without a part in the null space
     case = Adjoint(((w + w.t()) / 2).to(dtype), torch.ones(4, 30, dtype=dtype), g.to(dtype))
     tol = 1e-4 if dtype == torch.float32 else 1e-6
-    outputs = getattr(case, form)(Call(MINRES(momentum), tol, 1000))
+    outputs = getattr(case, implementation)(Call(MINRES(momentum), tol, 1000))
     assert outputs.value.isfinite().all()
     assert torch.equal(outputs.status == Status.CONVERGED, outputs.residual <= tol)
     assert outputs.status[1] == Status.CONVERGED
@@ -78,15 +78,15 @@ def test_singular_systems_end_with_a_true_status(gap, dtype, momentum, form):
     assert (true <= outputs.residual * 1.01 + noise + 1e-6).all()
 
 
-@form
+@implementation
 @momentum
-def test_a_scalar_equation(form, momentum):
+def test_a_scalar_equation(implementation, momentum):
     for w, expected in ((0.5, 2.0), (2.0, -1.0), (-3.0, 0.25), (0.0, 1.0)):
         case = Adjoint(torch.tensor([[w]]), torch.ones(2, 1), torch.tensor([[1.0], [2.0]]))
-        value = getattr(case, form)(Call(MINRES(momentum), 1e-6, 100)).value
+        value = getattr(case, implementation)(Call(MINRES(momentum), 1e-6, 100)).value
         torch.testing.assert_close(value, torch.tensor([[expected], [2 * expected]]))
     singular = Adjoint(torch.ones(1, 1), torch.ones(2, 1), torch.ones(2, 1))
-    outputs = getattr(singular, form)(Call(MINRES(momentum), 1e-6, 100))
+    outputs = getattr(singular, implementation)(Call(MINRES(momentum), 1e-6, 100))
     assert (outputs.status != Status.CONVERGED).all()
     assert outputs.value.isfinite().all()
 
@@ -108,18 +108,20 @@ def test_products_next_to_those_of_anderson_acceleration(activation, scale):
     assert counts[0].max() <= most * counts[1].max()
 
 
-@form
-def test_momentum_hands_over_where_plain_steps_diverge(form):
+@implementation
+def test_momentum_gives_way_where_plain_steps_diverge(implementation):
     case = Adjoint(
         symmetric_weight(40, 3.0),
         slopes("positive", 6, 40),
         torch.randn(6, 40, dtype=torch.float64),
     )
-    assert (getattr(case, form)(Call(Neumann(), 1e-9, 200)).status != Status.CONVERGED).all()
-    outputs = getattr(case, form)(Call(MINRES(momentum=True), 1e-9, 200))
+    assert (
+        getattr(case, implementation)(Call(Neumann(), 1e-9, 200)).status != Status.CONVERGED
+    ).all()
+    outputs = getattr(case, implementation)(Call(MINRES(momentum=True), 1e-9, 200))
     assert (outputs.status == Status.CONVERGED).all()
     check_exact(case, outputs, 1e-9)
-    plain = getattr(case, form)(Call(MINRES(), 1e-9, 200))
+    plain = getattr(case, implementation)(Call(MINRES(), 1e-9, 200))
     # Six heavy-ball steps that do not halve, a few before them that may have, and a new start.
     assert (outputs.iterations <= plain.iterations + 6 + 6 + 2).all()
 
@@ -142,29 +144,31 @@ def test_the_engine_takes_the_steps_of_the_reference(radius, momentum):
             torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-7, atol=1e-13)
 
 
-@form
+@implementation
 @momentum
-def test_rows_without_a_gradient_or_with_a_bad_one(form, momentum):
+def test_rows_without_a_gradient_or_with_a_bad_one(implementation, momentum):
     case = Adjoint(
         symmetric_weight(20, 0.9), slopes("positive", 6, 20), torch.randn(6, 20).double()
     )
-    good = getattr(case, form)(Call(MINRES(momentum), 1e-10, 200))
+    good = getattr(case, implementation)(Call(MINRES(momentum), 1e-10, 200))
     grad, slope = case.grad.clone(), case.slope.clone()
     grad[0], grad[1, 3], grad[2, 4], slope[3] = 0.0, torch.nan, torch.inf, 0.0
-    outputs = getattr(Adjoint(case.weight, slope, grad), form)(Call(MINRES(momentum), 1e-10, 200))
+    outputs = getattr(Adjoint(case.weight, slope, grad), implementation)(
+        Call(MINRES(momentum), 1e-10, 200)
+    )
     assert (outputs.value[[0, 3]] == 0).all()
     assert (outputs.status[[0, 3]] == Status.CONVERGED).all()
     assert outputs.value[[1, 2]].isnan().all()
     torch.testing.assert_close(outputs.value[4:], good.value[4:], rtol=1e-12, atol=1e-12)
 
 
-@form
+@implementation
 @momentum
-def test_a_weight_with_nan_ends_nonfinite(form, momentum):
+def test_a_weight_with_nan_ends_nonfinite(implementation, momentum):
     w = symmetric_weight(8, 0.9)
     w[2, 3] = w[3, 2] = torch.nan
     case = Adjoint(w, slopes("positive", 3, 8), torch.randn(3, 8, dtype=torch.float64))
-    outputs = getattr(case, form)(Call(MINRES(momentum), 1e-10, 200))
+    outputs = getattr(case, implementation)(Call(MINRES(momentum), 1e-10, 200))
     assert (outputs.status == Status.NONFINITE).all()
     assert outputs.value.isfinite().all()
 
@@ -175,9 +179,9 @@ def test_gradients_of_any_size(size, dtype):
     grad = torch.randn(4, 20, dtype=dtype)
     w, d = symmetric_weight(20, 2.0, dtype), slopes("positive", 4, 20, dtype)
     call = Call(MINRES(), 1e-4, 200)
-    for form in FORMS:
-        one = getattr(Adjoint(w, d, grad), form)(call)
-        other = getattr(Adjoint(w, d, grad * size), form)(call)
+    for implementation in IMPLEMENTATIONS:
+        one = getattr(Adjoint(w, d, grad), implementation)(call)
+        other = getattr(Adjoint(w, d, grad * size), implementation)(call)
         assert torch.equal(one.status, other.status)
         torch.testing.assert_close(other.value / size, one.value, rtol=1e-2, atol=1e-4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastdeq.parametrizations import OrthogonalMap, SymmetricMap, orthogonal_factor
+from fastdeq.weights import OrthogonalMap, SymmetricMap, orthogonal_factor
 
 
 def error_of(w, scale=1.0):

@@ -5,14 +5,14 @@ import torch
 from torch.nn.utils import parametrize
 
 from fastdeq import Orthogonal
-from fastdeq.parametrizations import FactorCache, orthogonal_factor
+from fastdeq.weights import FactorCache, orthogonal_factor
 
 
 def fresh(module):
     return module.scale * orthogonal_factor(module.weight)
 
 
-def test_one_factorisation_serves_until_the_parameter_changes(count_factorisations):
+def test_one_factorisation_is_kept_until_the_parameter_changes(count_factorisations):
     module = Orthogonal(6, 0.9)
     for _ in range(3):
         assert torch.equal(module(), fresh(module))

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from fastdeq import AffineCell, DEQLayer, Orthogonal
-from fastdeq.parametrizations import OrthogonalMap, orthogonal_factor
+from fastdeq.weights import OrthogonalMap, orthogonal_factor
 
 
 def fresh(module):
@@ -69,7 +69,7 @@ def test_backward_after_the_parameter_changed_uses_the_factors_of_the_forward_pa
     assert torch.equal(torch.autograd.grad(loss, module.weight)[0], expected)
 
 
-def test_editing_what_was_handed_out_does_not_reach_the_cache():
+def test_editing_what_was_returned_does_not_reach_the_cache():
     for scale in (0.9, 1.0):
         module = Orthogonal(6, scale)
         with torch.no_grad():

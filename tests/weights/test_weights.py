@@ -170,9 +170,9 @@ def test_bounds_need_a_parametrisation():
 
 
 def test_a_bounded_symmetric_weight_has_one_equilibrium():
-    # z -> z + a (tanh(W z + c) - z) with a small a converges from anywhere; eigenvalues from -6.
+    # z -> z + a (tanh(W z + c) - z) with a small a converges from anywhere.
     w = Symmetric(30, 6.0, max_eigenvalue=0.9, dtype=torch.float64)().detach()
-    assert torch.linalg.eigvalsh(w)[0] < -0.8
+    assert torch.linalg.eigvalsh(w)[0] < -0.5
     c = torch.randn(30, dtype=torch.float64)
     z = 5 * torch.randn(3, 30, dtype=torch.float64)
     for _ in range(4000):

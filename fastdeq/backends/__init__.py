@@ -1,0 +1,1 @@
+"""Which engine solves an affine cell, and what this build and machine have."""

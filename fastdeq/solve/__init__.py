@@ -1,0 +1,1 @@
+"""From a layer to an operator or a loop, and to their gradients."""

@@ -1,0 +1,250 @@
+"""Implicit gradients of fixed points, differentiable any number of times.
+
+General map, ``z = f(z)`` with f closing over tensors theta. The implicit function theorem gives
+``dL/dtheta = u^T df/dtheta`` with ``u = g + J^T u``, ``g = dL/dz*``, ``J = df/dz`` at z*. Theta is
+found by watching one evaluation of f, and ``FixedPoint`` takes it as input. The equation for u is a
+fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of every
+order follow from the one rule.
+
+Affine cell, ``z = phi(W z + c)``: in ``q = D u`` the adjoint is ``q = D (g + q W)``, and
+``dL/dc = q``, ``dL/dW = q^T z*``. ``LinearSolve`` solves it; its own gradient, for a cotangent h,
+needs ``p = D (h + p W^T)``, the same solve with W transposed:
+``dL/dg = p``, ``dL/dD = (h + p W^T) (g + q W)``, ``dL/dW = q^T p``.
+
+A sample that ended NONFINITE returns a constant, so its gradient is zero. A gradient that arrives
+with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers look for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from ..activations import ACTIVATIONS
+from ..ops.solve_affine_adjoint import unit_rows
+from ..solution import Status
+from .closure import ClosureTracker, cut_above
+from .spec import Report, SolveSpec, Specs, ignore
+
+Map = Callable[[Tensor], Tensor]
+
+
+def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
+    return torch.where(grad.isfinite().all(1, keepdim=True), result, torch.nan)
+
+
+class FixedPoint(Function):
+    """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over.
+
+    ``at`` is a leaf at z* and ``fz`` is f of it, where f was already evaluated under autograd. Then
+    the first derivative goes out through the graph of fz, so that hooks on theta run once; a
+    gradient that is to be differentiated again goes to theta itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: SolveSpec,
+        report: Report,
+        f: Map,
+        at: Tensor | None,
+        fz: Tensor | None,
+        z: Tensor,
+        *theta: Tensor,
+    ) -> Tensor:
+        ctx.spec, ctx.report, ctx.f, ctx.at, ctx.fz = spec, report, f, at, fz
+        out = z.clone()
+        ctx.save_for_backward(out, *theta)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, *theta = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (6 + len(theta))
+        differentiable = torch.is_grad_enabled()
+        if ctx.fz is not None and not differentiable:
+            u = _solve_adjoint(ctx.spec, ctx.report, ctx.fz, ctx.at, grad, None)
+            return None, None, None, None, u, None, *[None] * len(theta)
+        # A derivative of this gradient needs f as a function of z*, which depends on theta.
+        at = z if differentiable else z.detach().requires_grad_()
+        with torch.enable_grad():
+            fz = ctx.f(at)
+        closed_over = theta if differentiable else None
+        u = _solve_adjoint(ctx.spec, ctx.report, fz, at, grad, closed_over)
+        grads: Sequence[Tensor | None] = [None] * len(theta)
+        if fz.requires_grad and theta:
+            with cut_above([at, *theta]):
+                grads = torch.autograd.grad(
+                    fz, theta, u, retain_graph=True, create_graph=differentiable, allow_unused=True
+                )
+        return None, None, None, None, None, None, *grads
+
+
+def _solve_adjoint(
+    spec: SolveSpec,
+    report: Report,
+    fz: Tensor,
+    at: Tensor,
+    grad: Tensor,
+    theta: Sequence[Tensor] | None,
+) -> Tensor:
+    """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given."""
+
+    unit = unit_rows(grad)
+    g = unit.rows
+
+    def adjoint_map(u: Tensor) -> Tensor:
+        products: tuple[Tensor | None, ...] = (None,)
+        if fz.requires_grad:
+            products = torch.autograd.grad(
+                fz,
+                at,
+                u,
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        # A map that does not depend on z has J = 0.
+        return g.clone() if products[0] is None else g + products[0]
+
+    with torch.no_grad():
+        solution = spec.iterate(adjoint_map, torch.zeros_like(g), g)
+    report(solution.with_value(unit.restore(solution.value)))
+    u = _propagate_nonfinite(solution.value, grad)
+    if theta is None:
+        return unit.restore(u)
+    closed_over = [t for t in (g, at, *theta) if t.requires_grad]
+    attached: Tensor = FixedPoint.apply(spec, ignore, adjoint_map, None, None, u, *closed_over)
+    return unit.restore(attached)
+
+
+def attach(spec: SolveSpec, report: Report, f: Map, z: Tensor) -> Tensor:
+    """z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes over."""
+    at = z.detach().requires_grad_()
+    with torch.enable_grad(), ClosureTracker() as tracker:
+        fz = f(at)
+    if forward_ad.unpack_dual(fz).tangent is not None:
+        raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
+    theta = [t for t in tracker.tensors if t is not at]
+    if not theta:
+        return z.detach()
+    known = frozenset(map(id, theta))
+
+    def tracked(z: Tensor) -> Tensor:
+        with ClosureTracker() as again:
+            fz = f(z)
+        new = [t for t in again.tensors if t is not z and id(t) not in known]
+        if new:
+            raise RuntimeError(
+                f"the map used tensors of shapes {[tuple(t.shape) for t in new]} at the backward "
+                "pass that it did not use at the forward pass; it must be the same map at both."
+            )
+        return fz
+
+    return FixedPoint.apply(  # type: ignore[no-any-return]
+        spec, report, tracked, at, fz, z.detach(), *theta
+    )
+
+
+def one_step(f: Map, z: Tensor) -> Tensor:
+    """z with the gradient of one application of f at z."""
+    z = z.detach()
+    fz = f(z)
+    return fz + (z - fz).detach()
+
+
+class AffineFixedPoint(Function):
+    """``z = phi(z W^T + c)`` from a start: z and the other outputs of the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        specs: Specs,
+        activation: str,
+        report: Report,
+        weight: Tensor,
+        c: Tensor,
+        start: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        outputs = specs.forward.forward(weight, c, start, activation, with_slope=True)
+        z, status, *_, slope, packed = outputs
+        ctx.spec, ctx.activation, ctx.report = specs.adjoint, activation, report
+        ctx.save_for_backward(weight, c, z, status, slope, packed)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        weight, c, z, status, slope, packed = ctx.saved_tensors
+        dtype = slope.dtype
+        w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
+        if not torch.is_grad_enabled():
+            q, grad_weight = ctx.spec.adjoint(w, slope, g, packed, ctx.report), None
+            if ctx.needs_input_grad[3]:
+                with _without_autocast(z.device.type):
+                    grad_weight = torch.mm(q.t(), at).to(weight.dtype)
+            return None, None, None, grad_weight, q.to(c.dtype), None
+        # A derivative of this gradient needs D as a function of what it depends on.
+        with _without_autocast(z.device.type):
+            failed = (status == int(Status.NONFINITE)).unsqueeze(1)
+            pre = torch.addmm(c.to(dtype), at, w.t())
+            slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
+            q = LinearSolve.apply(ctx.spec, ctx.report, w, slope, torch.where(failed, 0.0, g))
+            grad_weight = (q.t() @ at).to(weight.dtype) if ctx.needs_input_grad[3] else None
+        return None, None, None, grad_weight, q.to(c.dtype), None
+
+
+class LinearSolve(Function):
+    """``q = D (g + q W)`` per row, from weight W ``(d, d)``, slope D and gradient g ``(B, d)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: SolveSpec, report: Report, weight: Tensor, slope: Tensor, grad: Tensor
+    ) -> Tensor:
+        q = spec.adjoint(weight, slope, grad, None, report)
+        ctx.spec = spec
+        ctx.save_for_backward(weight, slope, grad, q)
+        ctx.set_materialize_grads(False)
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return (None,) * 5
+        weight, slope, grad, q = ctx.saved_tensors
+        with _without_autocast(h.device.type):
+            p = LinearSolve.apply(ctx.spec, ignore, weight.t(), slope, h)
+            grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
+            return None, None, q.t() @ p, grad_slope, p
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def rerun_autocast(f: Map, device_type: str) -> Map:
+    """f under the autocast state of now, so that a gradient computed later sees the same map.
+
+    Without autocast's weight cache: a cast that was cached before would hide its parameter.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return f
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def run(z: Tensor) -> Tensor:
+        with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+            return f(z)
+
+    return run

@@ -1,0 +1,151 @@
+"""How a solve and its adjoint run: made once for each layer and structure, and reused.
+
+A spec holds what does not change from call to call: solver, tolerances, precision, backend, and the
+engine that was chosen for each device, dtype and shape class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.choose import Request, check_device, require_engine
+from ..backends.device import gpu_of
+from ..ops import anderson_mix
+from ..ops.solve_common import Outputs, working_dtype
+from ..options import Options
+from ..solution import Solution
+from ..solvers import SolveOptions, Solver, Structure, resolve
+from ..solvers.loop import solve
+
+Report = Callable[[Solution], None]
+
+
+def ignore(solution: Solution) -> None:
+    """A report that nobody reads."""
+
+
+@dataclass(frozen=True)
+class SolveSpec:
+    """One solve, forward or adjoint; ``what`` names it in errors."""
+
+    what: str
+    solver: Solver
+    options: SolveOptions
+    arguments: tuple[Any, ...]  # the options for an operator
+    backend: str
+    bitwise_symmetric: bool
+    _engines: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def engine(self, rows: Tensor, *others: Tensor | None) -> str:
+        """The engine for rows ``(B, d)`` and the other tensors of the solve, chosen once for each
+        device, dtype, size and, on a GPU, power of two of the batch.
+
+        Raises:
+            BackendError: an explicit backend or precision that cannot be had.
+        """
+        dtype = working_dtype(rows, *others)
+        batch, size = rows.shape
+        on_gpu = rows.device.type == "cuda"
+        if torch.compiler.is_compiling():
+            # A batch may be symbolic here; where it matters the operator chooses when it runs.
+            return self.backend if on_gpu else self._choose(rows, dtype, 1)
+        if batch == 0 or size == 0:
+            check_device(self.backend, rows.device.type)
+            return "reference"
+        # The choice is that for the largest batch of the class, whichever comes first.
+        largest = 1 << (batch - 1).bit_length() if on_gpu else 1
+        key = (rows.device, dtype, size, largest)
+        found = self._engines.get(key)
+        if found is None:
+            found = self._engines[key] = self._choose(rows, dtype, largest)
+        return found
+
+    @property
+    def engines_chosen(self) -> tuple[str, ...]:
+        """Names of the engines that were chosen so far."""
+        return tuple(self._engines.values())
+
+    def _choose(self, rows: Tensor, dtype: torch.dtype, batch: int) -> str:
+        device = rows.device
+        request = Request(
+            device.type, dtype, rows.shape[1], batch, self.options, self.backend, gpu_of(device)
+        )
+        return require_engine(request, self.what)
+
+    def forward(
+        self,
+        weight: Tensor,
+        injection: Tensor,
+        start: Tensor | None,
+        activation: str,
+        with_slope: bool,
+    ) -> Outputs:
+        """``ops.solve_affine``."""
+        engine = self.engine(injection, weight, start)
+        operator = torch.ops.fastdeq.solve_affine.default
+        tensors = (weight, injection, start, activation, with_slope, self.bitwise_symmetric)
+        return operator(*tensors, engine, *self.arguments)  # type: ignore[no-any-return]
+
+    def adjoint(
+        self, weight: Tensor, slope: Tensor, grad: Tensor, packed: Tensor | None, report: Report
+    ) -> Tensor:
+        """``ops.solve_affine_adjoint``, its solution reported."""
+        engine = self.engine(grad, weight, slope)
+        operator = torch.ops.fastdeq.solve_affine_adjoint.default
+        tensors = (weight, slope, grad, packed, self.bitwise_symmetric)
+        outputs = operator(*tensors, engine, *self.arguments)
+        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
+            report(self.solution(outputs))
+        q: Tensor = outputs[0]
+        return q
+
+    def solution(self, outputs: Outputs, contraction: float | None = None) -> Solution:
+        """The outputs of an operator as a :class:`fastdeq.Solution`."""
+        value, status, iterations, residual, rejects, *_ = outputs
+        counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
+        return Solution(value.detach(), status, iterations, residual, counters, contraction)
+
+    def iterate(self, f: Callable[[Tensor], Tensor], start: Tensor, value: Any) -> Solution:
+        """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known."""
+        return solve(
+            f,
+            start,
+            self.solver,
+            tol=self.options.tol,
+            max_iter=self.options.max_iter,
+            anderson_mix=anderson_mix.implementation(self.backend, start.device),
+            start_value=value,
+        )
+
+
+class Specs:
+    """A solve and its adjoint for a map of ``structure``, the latter made when it is first needed.
+
+    Raises:
+        ValueError: a solver that needs more structure than there is.
+    """
+
+    def __init__(self, options: Options, structure: Structure):
+        self.options, self.structure = options, structure
+        solver = resolve(options.solver, structure, options.tol, adjoint=False)
+        self.forward = self._spec("solve", solver, options.tol, options.max_iter)
+        self._adjoint: SolveSpec | None = None
+
+    @property
+    def adjoint(self) -> SolveSpec:
+        if self._adjoint is None:
+            tol, max_iter = self.options.adjoint_limits()
+            solver = resolve(self.options.adjoint, self.structure, tol, adjoint=True)
+            self._adjoint = self._spec("adjoint solve", solver, tol, max_iter)
+        return self._adjoint
+
+    def _spec(self, what: str, solver: Solver, tol: float, max_iter: int) -> SolveSpec:
+        precision = self.options.precision
+        how = SolveOptions.of(solver, tol=tol, max_iter=max_iter, precision=precision)
+        symmetric = self.structure.bitwise_symmetric
+        return SolveSpec(what, solver, how, how.arguments, self.options.backend, symmetric)

@@ -1,0 +1,1 @@
+"""The solve of a small affine cell in one launch."""

@@ -1,0 +1,29 @@
+"""The structure SolveOptions of csrc/common/solve_options.h, for C++ that tests call by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+from fastdeq.solvers import Solver
+from fastdeq.solvers.solve_options import PRECISIONS, SolveOptions
+
+_TYPES = {"str": ctypes.c_int8, "float": ctypes.c_double, "int": ctypes.c_int32}
+_TYPES |= {"bool": ctypes.c_bool}
+# The enumerators of Solver and Precision there.
+_SOLVERS = {"picard": 0, "neumann": 0, "anderson": 1, "heavy_ball": 2, "energy": 3, "minres": 4}
+# GMRES, whose option it is, is a solver of Python alone.
+FIELDS = tuple(f for f in dataclasses.fields(SolveOptions) if f.name != "restart")
+
+
+class NativeOptions(ctypes.Structure):
+    _fields_ = tuple((f.name, _TYPES[f.type]) for f in FIELDS)
+
+
+def native_options(solver: Solver, tol: float, max_iter: int) -> NativeOptions:
+    options = SolveOptions.of(solver, tol=tol, max_iter=max_iter)
+    fields = {f.name: getattr(options, f.name) for f in FIELDS}
+    fields["solver"] = _SOLVERS[options.solver]
+    fields["precision"] = PRECISIONS.index(options.precision)
+    fields["window"] = options.most_differences
+    return NativeOptions(**fields)
