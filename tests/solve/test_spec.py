@@ -79,12 +79,30 @@ def test_a_backend_that_cannot_be_had_is_named_for_the_solve_first():
         layer(torch.randn(0, 3))
 
 
-def test_one_arrangement_is_kept_however_often_the_weight_changes():
-    cell = AffineCell(3, 5, scale=0.5)
-    layer = DEQLayer(cell)
-    kept = []
-    for _ in range(3):
+class Bounded(torch.nn.Module):
+    """A weight that states a bound on its norm, which may change from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(0.3 * torch.eye(5))
+        self.bound = 0.3
+
+    def forward(self):
+        return self.weight
+
+    def norm_bound(self):
+        return self.bound
+
+
+def test_specs_are_kept_while_the_structure_stays_and_never_heaped_up():
+    weight = Bounded()
+    layer = DEQLayer(AffineCell(3, 5, weight=weight))
+    made = []
+    for weight.bound in (0.3, 0.3, 0.4, 0.5, 0.5):
         layer(torch.randn(2, 3))
-        kept.append(layer._specs)
-    assert kept[0] is kept[1] is kept[2]
-    assert len(kept[0].forward.engines_chosen) == 1
+        assert layer.last_solution.contraction == weight.bound  # not that of an earlier call
+        held = [value for value in vars(layer).values() if isinstance(value, Specs)]
+        assert len(held) == 1
+        made += [held[0]] if held[0] not in made else []
+        assert len(held[0].forward.engines_chosen) == 1
+    assert [specs.structure.contraction for specs in made] == [0.3, 0.4, 0.5]
