@@ -16,11 +16,18 @@ STATUS_MAX_ITER = 1
 STATUS_STAGNATED = 2
 STATUS_NONFINITE = 3
 
-# Iterates in a row that may bring no new best residual before a sample counts as stagnated.
+# Iterates in a row that may not be the best so far before a sample counts as stagnated, with a limit
+# of up to PATIENCE_LIMIT updates; in proportion more with a higher one, but not at the rounding
+# floor. A sample goes on whose residual norms fall, each half of its patience to STILL_FALLING of the
+# half before.
 PATIENCE = 50
 PATIENCE_ENERGY = 200
 PATIENCE_MINRES = 20
 PATIENCE_GMRES = 3
+PATIENCE_LIMIT = 100
+STILL_FALLING = 0.9
+# The relative residual below which rounding may be all that is left, in units of the machine epsilon.
+ROUNDING_FLOOR = 16.0
 
 # Adjoint solves: D g is divided by no less than this part of the largest entry of g.
 LEAST_SCALE = 1e-30
@@ -67,9 +74,8 @@ NEWTON_HALVINGS = 8
 MOST_HALVINGS = 30
 # Where the leading term of kappa is good to 1e-3, or 0.1 across elu's kink.
 SMALL_STEP = 0.1
-# Below so many roundings of the residual its rounding decides whether E seems to fall: a few
-# halvings are enough to know.
-ROUNDING_FLOOR = 16.0
+# Below ROUNDING_FLOOR its rounding decides whether E seems to fall: a few halvings are enough to
+# know.
 FLOOR_HALVINGS = 3
 # The smallest forcing for which directions may be rounded to bfloat16. In 8 bits some samples
 # stall.

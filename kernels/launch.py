@@ -43,7 +43,12 @@ def empty_slope(like: Tensor, with_slope: bool) -> Tensor:
 
 def limits(options: SolveOptions) -> dict[str, Any]:
     """When a sample stops, as arguments of a kernel."""
-    return {"max_iter": options.updates, "patience": options.patience, "tol": options.tol}
+    return {
+        "max_iter": options.updates,
+        "patience": options.patience,
+        "tol": options.tol,
+        "atol": options.atol,
+    }
 
 
 def window_of(options: SolveOptions) -> int:

@@ -94,6 +94,7 @@ inline SolveOptions read_options(BoxedArguments& arguments) {
   o.tol = arguments.number("tol");
   o.max_iter = arguments.count("max_iter", 1);
   o.patience = arguments.count("patience", 1);
+  o.atol = arguments.number("atol");
   o.precision = known_precision(arguments.text("precision"));
   o.damping = arguments.number("damping");
   o.fixed_iterations = arguments.count("fixed_iterations", 0);

@@ -13,6 +13,9 @@ constexpr int kPatience = 50;
 constexpr int kPatienceEnergy = 200;
 constexpr int kPatienceMinres = 20;
 constexpr int kPatienceGmres = 3;
+constexpr int kPatienceLimit = 100;
+constexpr double kStillFalling = 0.9;
+constexpr double kRoundingFloor = 16.0;
 constexpr double kLeastScale = 1e-30;
 constexpr double kFirstRadius = 0.5;
 constexpr double kLargestRadius = 0.98;
@@ -35,7 +38,6 @@ constexpr double kAssumedCurvature = 0.3;
 constexpr int kNewtonHalvings = 8;
 constexpr int kMostHalvings = 30;
 constexpr double kSmallStep = 0.1;
-constexpr double kRoundingFloor = 16.0;
 constexpr int kFloorHalvings = 3;
 constexpr double kLowPrecisionForcing = 0.01;
 constexpr double kEstimateFraction = 0.9;
@@ -58,6 +60,9 @@ constexpr NamedConstant kConstants[] = {
     {"PATIENCE_ENERGY", kPatienceEnergy},
     {"PATIENCE_MINRES", kPatienceMinres},
     {"PATIENCE_GMRES", kPatienceGmres},
+    {"PATIENCE_LIMIT", kPatienceLimit},
+    {"STILL_FALLING", kStillFalling},
+    {"ROUNDING_FLOOR", kRoundingFloor},
     {"LEAST_SCALE", kLeastScale},
     {"FIRST_RADIUS", kFirstRadius},
     {"LARGEST_RADIUS", kLargestRadius},
@@ -80,7 +85,6 @@ constexpr NamedConstant kConstants[] = {
     {"NEWTON_HALVINGS", kNewtonHalvings},
     {"MOST_HALVINGS", kMostHalvings},
     {"SMALL_STEP", kSmallStep},
-    {"ROUNDING_FLOOR", kRoundingFloor},
     {"FLOOR_HALVINGS", kFloorHalvings},
     {"LOW_PRECISION_FORCING", kLowPrecisionForcing},
     {"ESTIMATE_FRACTION", kEstimateFraction},

@@ -6,9 +6,9 @@
 //   for each evaluation k = 0, 1, ..., of a point that lies where the last decision said:
 //     Decision d = judge(s, options, |value - point|, relative residual);
 //     1. d.improved: the point is the best iterate.
-//     2. d.step is kMix: value and g = value - point enter the history, the products <g_k, g_j> of
-//        the d.count evaluations before and of g_k itself the Gram matrix; take_in(s,
-//        solve_small(... d.count ...)) hears of the outcome.
+//     2. d.step is kMix or kRefill: value and g = value - point enter the history, the products
+//        <g_k, g_j> of the d.count evaluations before and of g_k itself the Gram matrix; with kMix
+//        take_in(s, solve_small(... d.count ...)) hears of the outcome.
 //     3. d.stop: the end, with d.status. Otherwise go on as d.step says.
 //
 // With low-precision products (precision_schedule.h) judge takes the evaluations in full precision,
@@ -30,6 +30,7 @@ enum class Step : int8_t {
   kHeavyBall,  // point + change, change = omega (value - point) + (omega - 1) last change; where
                // omega is 1, the last change may be anything and does not enter
   kMix,        // f_k - sum gamma_i (f_k - f_i) - (1 - damping) (g_k - sum gamma_i (g_k - g_i))
+  kRefill,     // as kPlain, but the evaluation enters the history
   kTakeBack,   // the value of the evaluation before this one, f_(k-1)
   kBest,       // the best iterate, in full precision: a low-precision evaluation has overflowed
   kSwitch,     // heavy-ball steps get nowhere: the solver's own ones follow, from the best iterate
@@ -46,11 +47,14 @@ struct Decision {
 
 struct Sample {
   double norm, previous_norm;  // |value - point|, now and one evaluation before
-  double best_residual;
-  int32_t iterations, idle;  // updates; verified iterates in a row that brought no new best
+  double best_residual, least_norm;  // of the best iterate, relative; the least of those so far
+  double half_now, half_before;      // least norms of this half of the patience and of the last
+  int32_t iterations, idle;          // updates; verified iterates in a row that were not the best
+  bool converged;                    // the best iterate meets the tolerance
 
   int32_t count;            // Anderson: evaluations in the history
   bool plain, accelerated;  // no acceleration yet; the point came from a mixing step
+  bool refills;             // after a step taken back: plain steps until the history is full
   double trusted_norm;      // of the last evaluation that was not taken back
   int32_t rejects[kMostCounters];
 
@@ -63,10 +67,11 @@ struct Sample {
 
 // Before the first evaluation.
 FASTDEQ_HOST_DEVICE inline void reset(Sample& s, const SolveOptions& o) {
-  s.norm = s.previous_norm = s.trusted_norm = s.best_residual = HUGE_VAL;
+  s.norm = s.previous_norm = s.trusted_norm = s.best_residual = s.least_norm = HUGE_VAL;
+  s.half_now = s.half_before = HUGE_VAL;
   s.iterations = s.idle = s.count = 0;
   s.plain = o.window == 0 || o.accelerate_above > 0;
-  s.accelerated = false;
+  s.accelerated = s.refills = s.converged = false;
   for (int i = 0; i < kMostCounters; ++i) s.rejects[i] = 0;
   s.radius = o.radius;
   s.omega = s.previous_omega = 1;
@@ -80,18 +85,33 @@ FASTDEQ_HOST_DEVICE inline double relative_residual(double norm, double size) {
   return std::isfinite(size) ? norm / (size + kResidualEps) : double(NAN);
 }
 
-FASTDEQ_HOST_DEVICE inline Status status_at_the_limit(const Sample& s, const SolveOptions& o) {
-  return s.best_residual <= o.tol ? Status::kConverged : Status::kMaxIter;
+// The relative residual |r| / (|f| + eps) that |r| <= atol + tol (|f| + eps) allows, where |r| is the
+// norm and r/|f| the relative residual.
+FASTDEQ_HOST_DEVICE inline double tolerance_at(const SolveOptions& o, double norm,
+                                               double relative) {
+  return o.atol > 0 && norm > 0 ? o.tol + o.atol * relative / norm : o.tol;
+}
+
+FASTDEQ_HOST_DEVICE inline Status status_at_the_limit(const Sample& s) {
+  return s.converged ? Status::kConverged : Status::kMaxIter;
 }
 
 // Where the iteration cannot go on; without a stop test the sample may have converged before.
-FASTDEQ_HOST_DEVICE inline Status status_of_failure(const Sample& s, const SolveOptions& o) {
-  const Status limit = status_at_the_limit(s, o);
-  return limit == Status::kConverged ? limit : Status::kNonfinite;
+FASTDEQ_HOST_DEVICE inline Status status_of_failure(const Sample& s) {
+  return s.converged ? Status::kConverged : Status::kNonfinite;
 }
 
-FASTDEQ_HOST_DEVICE inline bool is_stagnated(const Sample& s, const SolveOptions& o) {
-  return s.iterations >= o.patience && s.idle >= o.patience && !o.fixed();
+// Asked once after each full-precision evaluation of an iterate that does not end the solve: whether
+// the sample is to be given up. See fastdeq/solvers/loop.py.
+FASTDEQ_HOST_DEVICE inline bool is_out_of_patience(Sample& s, const SolveOptions& o) {
+  if (o.fixed()) return false;
+  if (s.iterations >= kPatience && s.idle >= kPatience && s.best_residual < o.floor) return true;
+  const int32_t half = o.patience > 3 ? o.patience / 2 : 1;
+  if (s.iterations < half || s.idle % half != 0) return false;
+  const bool falls = s.half_now < kStillFalling * s.half_before;
+  s.half_before = s.half_now;
+  s.half_now = HUGE_VAL;
+  return s.idle >= o.patience && !falls;
 }
 
 FASTDEQ_HOST_DEVICE inline bool is_slow(const Sample& s, const SolveOptions& o) {
@@ -126,15 +146,18 @@ FASTDEQ_HOST_DEVICE inline bool accelerate(Sample& s, const SolveOptions& o, Dec
     d.step = Step::kTakeBack;
     ++s.rejects[0];
     s.accelerated = false;
+    s.refills = true;
     s.count = 0;
     return true;
   }
   if (!std::isfinite(s.norm)) return false;
-  d.step = Step::kMix;
+  d.step = s.refills ? Step::kRefill : Step::kMix;
   d.count = s.count;
   s.trusted_norm = s.norm;
-  s.accelerated = s.count > 0;  // unless `take_in` hears that the weights were rejected
+  // Unless `take_in` hears that the weights were rejected.
+  s.accelerated = !s.refills && s.count > 0;
   s.count = s.count < o.window ? s.count + 1 : o.window;
+  s.refills = s.refills && s.count < o.window;
   return true;
 }
 
@@ -151,11 +174,19 @@ FASTDEQ_HOST_DEVICE inline Decision verify(Sample& s, const SolveOptions& o, dou
   Decision d;
   s.previous_norm = s.norm;
   s.norm = norm;
-  d.improved = relative < s.best_residual;  // false for NaN
-  if (d.improved) s.best_residual = relative;
+  // Comparisons with NaN are false.
+  const bool meets = relative <= tolerance_at(o, norm, relative);
+  const bool lower = norm < s.least_norm && std::isfinite(relative);
+  d.improved = (relative < s.best_residual || lower) && (meets || !s.converged);
+  if (d.improved) {
+    s.best_residual = relative;
+    s.least_norm = norm < s.least_norm ? norm : s.least_norm;
+    s.converged = meets;
+  }
   s.idle = d.improved ? 0 : s.idle + 1;
-  d.status = status_at_the_limit(s, o);
-  d.stop = s.iterations == o.updates() || (d.status == Status::kConverged && !o.fixed());
+  if (norm < s.half_now) s.half_now = norm;
+  d.status = status_at_the_limit(s);
+  d.stop = s.iterations == o.updates() || (s.converged && !o.fixed());
   return d;
 }
 
@@ -172,7 +203,7 @@ FASTDEQ_HOST_DEVICE inline Decision judge(Sample& s, const SolveOptions& o, doub
   const bool finite = std::isfinite(norm);
   const bool after_full = schedule == nullptr || schedule->since_full == 0;
   if (s.plain && after_full && is_slow(s, o)) s.plain = false;
-  if (schedule != nullptr) schedule->set_goal(o.tol, s.plain, relative);
+  if (schedule != nullptr) schedule->set_goal(tolerance_at(o, norm, relative), s.plain, relative);
   if (o.begins_with_momentum()) {
     d.step = Step::kHeavyBall;
     d.omega = s.omega;
@@ -183,8 +214,8 @@ FASTDEQ_HOST_DEVICE inline Decision judge(Sample& s, const SolveOptions& o, doub
   }
   const bool possible = d.step == Step::kSwitch || (s.plain ? finite : accelerate(s, o, d));
   if (!possible) {
-    stop(d, status_of_failure(s, o));
-  } else if (is_stagnated(s, o)) {
+    stop(d, status_of_failure(s));
+  } else if (is_out_of_patience(s, o)) {
     stop(d, Status::kStagnated);
   } else {
     ++s.iterations;

@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
 #include <string_view>
 
 #include "common/activation_names.h"
@@ -56,6 +57,7 @@ void fill_task(Task& task, SolveCall& call) {
   task.start = read(call.start);
   task.activation = call.activation;
   task.options = call.options;
+  task.options.floor = kRoundingFloor * double(std::numeric_limits<T>::epsilon());
   task.value = call.value.mutable_data_ptr<T>();
   task.status = call.status.mutable_data_ptr<int8_t>();
   task.iterations = call.iterations.mutable_data_ptr<int32_t>();

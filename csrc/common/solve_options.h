@@ -36,6 +36,7 @@ struct SolveOptions {
   double tol = 0;
   int32_t max_iter = 1;
   int32_t patience = kPatience;
+  double atol = 0;
   Precision precision = Precision::kAuto;
   double damping = 1;
   int32_t fixed_iterations = 0;
@@ -48,6 +49,8 @@ struct SolveOptions {
   double max_weight = 0;
   double safeguard = 0;
   double accelerate_above = 0;
+
+  double floor = 0;  // the relative residual at which rounding may be all that is left; by dtype
 
   FASTDEQ_HOST_DEVICE bool fixed() const { return fixed_iterations > 0; }
   // The most updates of a sample; exactly so many, without a stop test, where `fixed`.

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/epilogue.h"
+#include "cpu/plain_steps.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -107,6 +108,15 @@ void anderson_step(const SolveTask<T>& task, Slot<T>& slot, const T* at, int64_t
   const Gram gram{slot.gram, entries, 1, int(entries), int(slot.entry), int(count)};
   take_in(slot, solve_small(OneLane(), gram, task.options, small, gamma));
   mix(task, slot, count, gamma, slot.value);
+  next_entry(task, slot);
+}
+
+// Step::kRefill: the same with the plain step.
+template <typename T>
+void refill_step(const SolveTask<T>& task, Slot<T>& slot, const T* at, int64_t count) {
+  remember(task, slot, at);
+  extend_gram(task, slot, count);
+  damped_step(task, slot, at);
   next_entry(task, slot);
 }
 

@@ -33,6 +33,17 @@ struct Adjoint {
   }
 };
 
+// The sums where squares leave the range of T.
+template <typename T>
+void wide_sums(const Slot<T>& slot, int64_t begin, int64_t end, double* sums) {
+  sums[0] = sums[1] = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    const double value = slot.value[j], difference = value - double(slot.point[j]);
+    sums[0] += difference * difference;
+    sums[1] += value * value;
+  }
+}
+
 // For the outputs begin <= j < end of one slot; begin is a multiple of a vector.
 template <typename T, typename Map, bool kLow>
 void epilogue(const SolveTask<T>& task, Slot<T>& slot, const T* product, int64_t begin,
@@ -76,6 +87,7 @@ void epilogue(const SolveTask<T>& task, Slot<T>& slot, const T* product, int64_t
   double* sums = slot.sums + kSums * (begin / kPanel<T>);
   sums[0] = double(sum(square_difference));
   sums[1] = double(sum(square_value));
+  if (!in_place && !__builtin_isfinite(sums[0] + sums[1])) wide_sums(slot, begin, end, sums);
   if (in_place) {
     T most = 0;
     for (int i = 0; i < kLanes<T>; ++i) most = largest[i] > most ? largest[i] : most;

@@ -130,7 +130,8 @@ bool minres_direction(const SolveTask<T>& task, Slot<T>& slot) {
   constexpr double floor = kKrylovFloor * std::numeric_limits<T>::epsilon();
   slot.exhausted = !(beta > floor * __builtin_sqrt(image_square.total()));
   const double size = __builtin_sqrt(size_square.total());
-  return slot.exhausted || slot.phi <= slot.aim * task.options.tol * (size + kResidualEps);
+  const double goal = task.options.atol + task.options.tol * (size + kResidualEps);
+  return slot.exhausted || slot.phi <= slot.aim * goal;
 }
 
 // point = h (v_0 + x), to be verified
@@ -157,7 +158,7 @@ bool minres_step(const SolveTask<T>& task, Slot<T>& slot, double relative) {
     }
     return minres_begin(task, slot);
   }
-  const double lower = task.options.tol / relative;
+  const double lower = tolerance_at(task.options, slot.norm, relative) / relative;
   slot.aim *= (lower < 1 ? lower : 1) * kEstimateFraction;
   minres_point(task, slot);
   return true;

@@ -141,7 +141,7 @@ class Worker {
   // Judges the last evaluation and takes a step. True when the slot is done.
   bool advance(Slot<T>& l, Products products) {
     if (l.mode == Mode::kDirection) {
-      if (l.iterations == options_.updates()) return finish(l, status_at_the_limit(l, options_));
+      if (l.iterations == options_.updates()) return finish(l, status_at_the_limit(l));
       symmetric_solver_.direction(l);
       ++l.iterations;
       return false;
@@ -181,8 +181,7 @@ class Worker {
     PrecisionSchedule* const schedule = task_.low_precision ? &l.schedule : nullptr;
     const Decision d = judge(l, options_, norm, relative, schedule);
     keep_best(l, d.improved, at_start);
-    if (d.step == Step::kMix)
-      anderson_step(task_, l, at, d.count, small_);  // it counts its rejects
+    add_to_history(l, at, d);  // it counts its rejects
     if (d.stop) return finish(l, d.status);
     if (d.step == Step::kSwitch) {
       symmetric_solver_.begin(l);
@@ -199,6 +198,12 @@ class Worker {
     return false;
   }
 
+  // The next point of kMix and kRefill.
+  FASTDEQ_INLINE void add_to_history(Slot<T>& l, const T* at, const Decision& d) {
+    if (d.step == Step::kMix) anderson_step(task_, l, at, d.count, small_);
+    if (d.step == Step::kRefill) refill_step(task_, l, at, d.count);
+  }
+
   // Without a history the epilogue has put the next point in place already, and with it the change
   // from the one before.
   FASTDEQ_INLINE void take_low_step(Slot<T>& l, double norm, double relative) {
@@ -212,7 +217,7 @@ class Worker {
     if (d.step == Step::kBest) {
       copy(task_.size, l.best, l.point);
     } else if (!in_place) {
-      if (d.step == Step::kMix) anderson_step(task_, l, at, d.count, small_);
+      add_to_history(l, at, d);
       if (d.step == Step::kTakeBack) take_back(task_, l);
       swap(l.point, l.value);
     }
@@ -231,8 +236,8 @@ class Worker {
     keep_best(l, d.improved, l.iterations == 0);
     if (d.stop) return finish(l, d.status);
     const bool retries = l.mode == Mode::kTrial && options_.solver == Solver::kEnergy;
-    if (!__builtin_isfinite(norm) && !retries) return finish(l, status_of_failure(l, options_));
-    if (!symmetric_solver_.step(l, at, relative) || is_stagnated(l, options_)) {
+    if (!__builtin_isfinite(norm) && !retries) return finish(l, status_of_failure(l));
+    if (!symmetric_solver_.step(l, at, relative) || is_out_of_patience(l, options_)) {
       return finish(l, Status::kStagnated);
     }
     ++l.iterations;

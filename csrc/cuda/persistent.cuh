@@ -112,7 +112,8 @@ class Member : MemberHistory<T, kRows, kColumns> {
   __device__ void evaluate(bool at_zero) {
     for (int first = warp_; first < rows_; first += kTogether * warps()) {
       bool active[kTogether];
-      T squares[2 * kTogether] = {};  // |f - z|^2 of each row, |f|^2 of each row
+      // |f - z|^2 of each row, |f|^2 of each row; squares may leave the range of float.
+      double squares[2 * kTogether] = {};
 #pragma unroll
       for (int r = 0; r < kTogether; ++r) {
         const int m = first + r * warps();
@@ -121,11 +122,11 @@ class Member : MemberHistory<T, kRows, kColumns> {
       for (int n = lane_; n < columns_; n += kWarpLanes) {
         evaluate_column(at_zero, first, n, active, squares);
       }
-      const T total = warp_sums<2 * kTogether>(squares, lane_);
+      const double total = warp_sums<2 * kTogether>(squares, lane_);
       const int index = sum_of_lane<2 * kTogether>(lane_);
       const int m = first + index % kTogether * warps();
       if (lane_ < 2 * kTogether && m < rows_) {
-        __stcg(partial_sum(member_, index / kTogether, m), double(total));
+        __stcg(partial_sum(member_, index / kTogether, m), total);
       }
     }
     if (task_.options.window > 0) {
@@ -134,7 +135,7 @@ class Member : MemberHistory<T, kRows, kColumns> {
   }
 
   __device__ void evaluate_column(bool at_zero, int first, int n, const bool (&active)[kTogether],
-                                  T (&squares)[2 * kTogether]) {
+                                  double (&squares)[2 * kTogether]) {
     const SolveOptions& o = task_.options;
     const bool momentum = o.begins_with_momentum();
     T pre[kTogether] = {}, slope[kTogether] = {}, z[kTogether] = {}, last[kTogether] = {};
@@ -156,8 +157,8 @@ class Member : MemberHistory<T, kRows, kColumns> {
       const T value =
           task_.slope != nullptr ? slope[r] * pre[r] : activate(task_.activation, pre[r]);
       const T difference = value - z[r];
-      squares[r] += difference * difference;
-      squares[kTogether + r] += value * value;
+      squares[r] += double(difference) * double(difference);
+      squares[kTogether + r] += double(value) * double(value);
       T next = value;
       if (momentum) {
         const T omega = T(samples_[m].sample.omega);
@@ -228,7 +229,8 @@ class Member : MemberHistory<T, kRows, kColumns> {
       s.sample = sample;
       s.active = !d.stop;
       s.status = d.status;
-      for (int age = 0; d.step == Step::kMix && age <= d.count; ++age) {
+      const bool remembers = d.step == Step::kMix || d.step == Step::kRefill;
+      for (int age = 0; remembers && age <= d.count; ++age) {
         const double inner = totals[(2 + age) * tile_rows()];
         gram(m)[entry_ * entries() + older(age)] = gram(m)[older(age) * entries() + entry_] = inner;
       }

@@ -94,6 +94,8 @@ def reference(
             kind(**options.solver_arguments(kind)),
             tol=options.tol,
             max_iter=options.max_iter,
+            atol=options.atol,
+            patience=options.patience,
             anderson_mix=anderson_mix.reference,
             # W 0 = 0: no product for the evaluation at zero.
             start_value=phi.function(c) if start is None else None,

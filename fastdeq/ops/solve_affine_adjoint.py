@@ -114,6 +114,8 @@ def reference(weight: Tensor, slope: Tensor, grad: Tensor, options: SolveOptions
             kind(**options.solver_arguments(kind)),
             tol=options.tol,
             max_iter=options.max_iter,
+            atol=options.atol,
+            patience=options.patience,
             anderson_mix=anderson_mix.reference,
             start_value=d * g,
         )

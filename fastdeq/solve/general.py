@@ -48,6 +48,8 @@ class Packing:
         self.shapes = [p.shape for p in parts]
         self.dtypes = [p.dtype for p in parts]
         self.sizes = [math.prod(s[1:]) for s in self.shapes]
+        #: Sizes of the parts in a row, where there are several.
+        self.parts = self.sizes if len(self.sizes) > 1 else None
         self.device = parts[0].device
         self.dtype = working_dtype(*parts)
 
@@ -107,7 +109,7 @@ def solve_map(
     # torch.nn.utils.parametrize.cached) keeps its graph for the evaluation that is differentiated.
     start_value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
     with torch.no_grad():
-        solution = specs.forward.iterate(rows, start, start_value)
+        solution = specs.forward.iterate(rows, start, start_value, packing.parts)
     z = solution.value
     if torch.is_grad_enabled():
         failed = solution.nonfinite.unsqueeze(1)

@@ -6,7 +6,7 @@ engine that was chosen for each device, dtype and shape class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,13 @@ class SolveSpec:
         counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
         return Solution(value.detach(), status, iterations, residual, counters, contraction)
 
-    def iterate(self, f: Callable[[Tensor], Tensor], start: Tensor, value: Any) -> Solution:
+    def iterate(
+        self,
+        f: Callable[[Tensor], Tensor],
+        start: Tensor,
+        value: Any,
+        parts: Sequence[int] | None = None,
+    ) -> Solution:
         """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known."""
         return solve(
             f,
@@ -118,6 +124,9 @@ class SolveSpec:
             self.solver,
             tol=self.options.tol,
             max_iter=self.options.max_iter,
+            atol=self.options.atol,
+            patience=self.options.patience,
+            parts=parts,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=value,
         )

@@ -5,8 +5,10 @@
     gamma       argmin |g_k - sum gamma_i (g_k - g_i)|, from ops.anderson_mix
 
 A step is taken back when the residual it leads to is too large or not finite: the sample returns to
-the last point it trusted, takes the plain step from there, and starts a fresh history. The reasons
-for which a step is rejected, shortened or taken back have a counter each.
+the last point it trusted, takes the plain step from there, and goes on with plain steps until a
+fresh history is full: the few differences after a step taken back say little of a map that is only
+piecewise smooth. The reasons for which a step is rejected, shortened or taken back have a counter
+each.
 
 Sources: D. G. Anderson, J. ACM 12 (1965) 547; H. Walker and P. Ni, SIAM J. Numer. Anal. 49 (2011)
 1715; safeguard in the manner of J. Zhang, B. O'Donoghue and S. Boyd, SIAM J. Optim. 30 (2020) 3170.
@@ -37,6 +39,7 @@ class _State:
     trusted_norm: Tensor  # (B,): its residual norm
     accelerated: Tensor  # (B,) bool: the current point came from a mixing step
     plain: Tensor  # (B,) bool: no acceleration yet
+    refills: Tensor  # (B,) bool: plain steps until the history is full again
     previous_norm: Tensor  # (B,): residual norm one step before
     safeguard: Tensor  # (B,) int32 counters
     weight_cap: Tensor
@@ -53,7 +56,8 @@ class Anderson(CheckedOptions):
         regularization: ridge on the unit-norm columns, >= 0; shrinks towards the plain step.
         rank_tolerance: pivots at or below it, relative to a unit column, drop the column, >= 0.
         max_weight: largest 1-norm of gamma; beyond it the sample takes the plain step.
-        safeguard: a step may raise the residual norm by this factor, >= 1, before it is taken back.
+        safeguard: a step may raise the residual norm by this factor, >= 1, before it is taken back;
+            then plain steps follow until the history is full again.
         accelerate_above: a sample takes plain steps, and keeps no history, for as long as each
             reduces its residual norm to this fraction of the one before or less, in [0, 1]; after
             the first that does not it is accelerated to the end. 0: accelerated at once.
@@ -99,6 +103,7 @@ class Anderson(CheckedOptions):
             trusted_norm=point.new_full((batch,), torch.inf),
             accelerated=zeros.bool(),
             plain=torch.full_like(zeros, self.accelerate_above > 0, dtype=torch.bool),
+            refills=zeros.bool(),
             previous_norm=point.new_full((batch,), torch.inf),
             safeguard=zeros.clone(),
             weight_cap=zeros.clone(),
@@ -127,19 +132,22 @@ class Anderson(CheckedOptions):
             self.rank_tolerance,
             self.max_weight,
         )
+        plain = value if self.damping == 1.0 else point + self.damping * (value - point)
+        following = torch.where(state.refills.unsqueeze(1), plain, mixed)
         # The plain step from the trusted point stands in for a step taken back.
-        following = torch.where(column, state.trusted_value, mixed)
+        following = torch.where(column, state.trusted_value, following)
         state.trusted_value = torch.where(column, state.trusted_value, value)
         state.trusted_norm = torch.where(back, state.trusted_norm, norm)
 
         state.safeguard += back & running
-        mixes = running & finite & ~back
+        mixes = running & finite & ~back & ~state.refills
         state.weight_cap += rejected & mixes
         state.rank_cut += (dropped > 0) & mixes
-        state.accelerated = ~back & ~rejected & (state.count > 0)
+        state.accelerated = ~back & ~rejected & ~state.refills & (state.count > 0)
         # The history restarts after a step taken back; its newest entry is not counted either.
         forget = back | state.plain
         state.count = torch.where(forget, 0, (state.count + 1).clamp(max=self.window))
+        state.refills = back | (state.refills & (state.count < self.window))
         state.slot = (state.slot + 1) % (self.window + 1)
         return Step(following, None, ~finite & ~back)
 

@@ -2,9 +2,12 @@
 
 docs/how-it-works.md has the measurements behind the order. In an affine cell a plain step is cheap:
 acceleration, at 1.1 (d = 512) to 2.5 times its cost (d = 64), pays where the residual falls slowly.
-A plain step of a general map is not known to be cheap, so every one is accelerated. An adjoint is
-linear, and a longer history helps more. A real spectrum lets heavy-ball steps, with which Energy
-and MINRES begin where ``momentum`` is set, do as well as a history at the price of plain ones.
+A plain step of a general map is not known to be cheap, so every one is accelerated. The residual of
+a map that is only piecewise smooth jumps where it changes pieces, so the safeguard is loose: of 800
+linear programs solved by Douglas-Rachford splitting 720 converge within 100 iterations, 692 with a
+safeguard of 2; on smooth maps it makes no difference. An adjoint is linear, and a longer history
+helps more. A real spectrum lets heavy-ball steps, with which Energy and MINRES begin where
+``momentum`` is set, do as well as a history at the price of plain ones.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ FORWARD_ORDER: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
     (_contracts, Picard()),
     (_symmetric, Anderson(accelerate_above=0.7)),
     (_affine, Anderson(accelerate_above=0.9)),
-    (_any, Anderson()),
+    (_any, Anderson(safeguard=100.0)),
 )
 ADJOINT_ORDER: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
     (_energetic, MINRES(momentum=True)),

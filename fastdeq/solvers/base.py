@@ -72,11 +72,12 @@ class AffineMap:
 
 
 class Problem(NamedTuple):
-    """What a solver is told at the start: the relative tolerance, the number of updates it will be
-    asked for, the implementation of ``ops.anderson_mix`` to use, and the map where it is an affine
-    cell's."""
+    """What a solver is told at the start: the relative and the absolute tolerance, the number of
+    updates it will be asked for, the implementation of ``ops.anderson_mix`` to use, and the map
+    where it is an affine cell's."""
 
     tol: float
+    atol: float
     max_iter: int
     anderson_mix: Callable[..., Any]
     affine: AffineMap | None = None
@@ -100,7 +101,7 @@ class Step(NamedTuple):
 class Solver(Protocol):
     """``name`` registers it; ``linear`` restricts it to affine maps (adjoints); ``needs`` are the
     tags without which it cannot be used; ``patience`` is how many iterates in a row may bring no
-    new best residual; ``rejects`` names its counters. A solver that reads from the device as it
+    progress; ``rejects`` names its counters. A solver that reads from the device as it
     goes has ``waits = True``."""
 
     name: ClassVar[str]

@@ -40,6 +40,7 @@ class _State:
     fresh: bool
     scale: Tensor  # (B, 1): |b|; directions are evaluated at this length, b being added to them
     tol: float
+    atol: float
     updates_left: int
     used: int  # columns of the basis that any sample has used
 
@@ -78,6 +79,7 @@ class GMRES(CheckedOptions):
             fresh=True,
             scale=point.new_ones(batch, 1),
             tol=problem.tol,
+            atol=problem.atol,
             updates_left=problem.max_iter,
             used=0,
         )
@@ -96,10 +98,10 @@ class GMRES(CheckedOptions):
             self._open(state, opening, point, value, norm)
         state.used = min(state.used + 1, self.restart)
 
-        # The residual must fall below tol * |f(u)|, unknown yet: |u_0| stands in for it, and |b| in
-        # the first cycle, which starts from zero.
+        # The residual must meet the tolerance next to |f(u)|, unknown yet: |u_0| stands in for it,
+        # and |b| in the first cycle, which starts from zero.
         size = state.start.norm(dim=1)
-        goal = state.tol * torch.where(size > 0, size, state.scale[:, 0]).double()
+        goal = state.atol + state.tol * torch.where(size > 0, size, state.scale[:, 0]).double()
         estimate = state.beta / state.null.norm(dim=1)
         full = state.step >= self.restart
         state.updates_left -= 1

@@ -6,20 +6,29 @@ rho     (B,)    |f(z) - z| / (|f(z)| + eps), judged only where the point is an i
 
 Per sample: a running mask, the best verified iterate, a status, a count. A sample that stops is
 frozen: its point no longer changes, so nothing that happens to it later can reach its result.
+
+An iterate is the best so far where its relative residual is below that of the last one that was, or
+its residual norm ``|f(z) - z|`` below those of all that were: while a state shrinks towards an
+equilibrium near zero the relative residual stands still, and while it grows the norm does. A sample
+is given up after so many other iterates in a row as ``patience`` says, unless its norms still fall:
+the least of each half of the patience is compared with that of the half before. At the rounding
+floor patience does not grow with the limit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..constants import RESIDUAL_EPS
+from ..constants import PATIENCE, RESIDUAL_EPS, ROUNDING_FLOOR, STILL_FALLING
 from ..cuda_stream import DelayedFlag, is_capturing
 from ..solution import Solution, Status
 from .base import AffineMap, Problem, Solver
+from .solve_options import scaled_patience
 
 # Plain integers keep the int8 of a status tensor.
 _CONVERGED, _STAGNATED = int(Status.CONVERGED), int(Status.STAGNATED)
@@ -31,6 +40,45 @@ def finite_rows(start: Tensor) -> Tensor:
     return torch.where(start.isfinite().all(1, keepdim=True), start, 0.0)
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """2-norms ``(B,)`` of rows ``(B, n)``, also where squares of the entries leave the dtype."""
+    if rows.dtype == torch.float64:
+        return torch.linalg.vector_norm(rows, dim=1)
+    if rows.device.type == "cuda":  # the kernel widens entry by entry
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).to(rows.dtype)
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    if not math.isfinite(norms.sum().item()):
+        norms = torch.linalg.vector_norm(rows.double(), dim=1).to(rows.dtype)
+    return norms
+
+
+class Residual(NamedTuple):
+    """Of an evaluation ``(B,)``: ``|f(z) - z|``, the same relative to ``|f(z)|``, and the relative
+    residual at which the sample has converged. ``relative`` is NaN where ``|f(z)|`` overflows: next
+    to infinity every residual would be small."""
+
+    norm: Tensor
+    relative: Tensor
+    limit: Tensor | float
+
+
+def _residual(
+    value: Tensor, point: Tensor, tol: float, atol: float, parts: Sequence[int] | None
+) -> Residual:
+    difference = value - point
+    norm, size = row_norms(difference), row_norms(value)
+    if parts is None:
+        relative = norm / (size + RESIDUAL_EPS)
+        limit: Tensor | float = tol + atol / (size + RESIDUAL_EPS) if atol else tol
+    else:  # that of the part which is furthest from its limit
+        norms = torch.stack([row_norms(p) for p in difference.split(parts, 1)], 1)
+        sizes = torch.stack([row_norms(p) for p in value.split(parts, 1)], 1) + RESIDUAL_EPS
+        ratios, limits = norms / sizes, tol + atol / sizes
+        worst = (ratios - limits).argmax(1, keepdim=True)
+        relative, limit = ratios.gather(1, worst)[:, 0], limits.gather(1, worst)[:, 0]
+    return Residual(norm, torch.where(size < torch.inf, relative, torch.nan), limit)
+
+
 def solve(
     f: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -40,9 +88,14 @@ def solve(
     max_iter: int,
     anderson_mix: Callable[..., Any],
     start_value: Tensor | None = None,
+    atol: float = 0.0,
+    patience: int | None = None,
+    parts: Sequence[int] | None = None,
 ) -> Solution:
     """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
 
+    Converged is ``|f(z) - z| <= atol + tol |f(z)|``; where rows have ``parts`` of so many entries,
+    for each of them. ``patience`` is the solver's, scaled to ``max_iter``, unless it is given.
     ``f`` maps ``(B, n)`` to ``(B, n)`` and treats rows independently; ``start_value`` is
     ``f(start)`` where it is known. At most ``max_iter`` updates, hence ``max_iter + 1``
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
@@ -62,13 +115,18 @@ def solve(
     point = finite_rows(start)
     best = point
     best_residual = point.new_full((batch,), torch.inf)
+    least = half_before = half_now = best_residual  # norms
     status = torch.full((batch,), Status.MAX_ITER, dtype=torch.int8, device=point.device)
     iterations = torch.zeros(batch, dtype=torch.int32, device=point.device)
-    idle = torch.zeros_like(iterations)  # iterates in a row that brought no new best residual
+    idle = torch.zeros_like(iterations)  # iterates in a row that were not the best so far
     running = torch.ones(batch, dtype=torch.bool, device=point.device)
     judged = running  # running samples whose point is an iterate
+    converged = ~running  # samples whose best iterate meets the tolerance
+    patience = scaled_patience(solver.patience, max_iter) if patience is None else patience
+    half = max(patience // 2, 1)
+    floor = ROUNDING_FLOOR * torch.finfo(point.dtype).eps
     affine = f if isinstance(f, AffineMap) else None
-    state = solver.init(point, Problem(tol, max_iter, anderson_mix, affine))
+    state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, affine))
     # Frozen samples make an iteration too many harmless.
     flag = DelayedFlag(point.device)
 
@@ -76,18 +134,20 @@ def solve(
         max_iter = -1
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
-        norm = torch.linalg.vector_norm(value - point, dim=1)
-        size = torch.linalg.vector_norm(value, dim=1)
-        relative = norm / (size + RESIDUAL_EPS)
+        norm, relative, limit = _residual(value, point, tol, atol, parts)
 
-        # False for NaN, and where |f(z)|^2 overflows before |f(z) - z|^2 does: next to infinity
-        # every residual would be small.
-        improved = judged & (relative < best_residual) & (size < torch.inf)
+        # Comparisons with NaN are false.
+        meets = relative <= limit
+        improved = judged & ((relative < best_residual) | ((norm < least) & relative.isfinite()))
+        improved = improved & (meets | ~converged)
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
+        least = torch.where(improved, torch.minimum(norm, least), least)
+        converged = converged | (improved & meets)
         idle = torch.where(improved, 0, idle + judged)
+        half_now = torch.where(judged, torch.fmin(norm, half_now), half_now)
         if not fixed:
-            running = running & (best_residual > tol)
+            running = running & ~converged
         if k == max_iter or (not fixed and not flag.goes_on(running.any())):
             break
 
@@ -99,15 +159,23 @@ def solve(
             stalled = running & step.stalled
             status = torch.where(stalled, _STAGNATED, status)
             running = running & ~stalled
-        if k >= solver.patience and not fixed:  # earlier, no sample can have been idle for so long
-            stagnated = running & (idle >= solver.patience)
+        if k >= PATIENCE and not fixed:  # earlier, no sample can have been idle for so long
+            stagnated = running & (idle >= PATIENCE) & (best_residual < floor)
             status = torch.where(stagnated, _STAGNATED, status)
             running = running & ~stagnated
+        if k >= half and not fixed:
+            due = judged & (idle % half == 0)
+            falls = half_now < STILL_FALLING * half_before
+            stagnated = running & due & (idle >= patience) & ~falls
+            status = torch.where(stagnated, _STAGNATED, status)
+            running = running & ~stagnated
+            half_before = torch.where(due, half_now, half_before)
+            half_now = torch.where(due, torch.inf, half_now)
         point = torch.where(running.unsqueeze(1), step.point, point)
         judged = running if step.iterate is None else running & step.iterate
         iterations = iterations + running
 
-    status = torch.where(best_residual <= tol, _CONVERGED, status)
+    status = torch.where(converged, _CONVERGED, status)
     return Solution(
         best,
         status,

@@ -66,6 +66,7 @@ class _State:
     restarted_at: Tensor  # (B,): residual norm at the last restart that halved it
     vain: Tensor  # (B,) int32: restarts since
     tol: float
+    atol: float
     updates_left: int
 
 
@@ -112,6 +113,7 @@ class MINRES(CheckedOptions):
             restarted_at=torch.full_like(zeros, torch.inf),
             vain=counter,
             tol=problem.tol,
+            atol=problem.atol,
             updates_left=problem.max_iter,
         )
 
@@ -144,7 +146,7 @@ class MINRES(CheckedOptions):
         state.restarted_at = torch.where(verify & anew & gained, norm, state.restarted_at)
         # Where the estimate is sound, on towards a lower goal.
         size = torch.linalg.vector_norm(value, dim=1)
-        lower = (state.tol * size / norm).clamp(max=1.0) * ESTIMATE_FRACTION
+        lower = ((state.atol + state.tol * size) / norm).clamp(max=1.0) * ESTIMATE_FRACTION
         state.aim = torch.where(verify & ~anew, state.aim * lower, state.aim)
         if bool(anew.any()):
             self._begin(state, anew)
@@ -219,7 +221,7 @@ class MINRES(CheckedOptions):
         spent = ~(beta > floor * torch.linalg.vector_norm(image, dim=1))
         state.exhausted = state.exhausted | (rows & (singular | spent))
         size = torch.linalg.vector_norm(state.h * (state.base + state.x), dim=1)
-        met = state.phi <= state.aim * state.tol * (size + RESIDUAL_EPS)
+        met = state.phi <= state.aim * (state.atol + state.tol * (size + RESIDUAL_EPS))
         done: Tensor = rows & (met | state.exhausted)
         return done
 

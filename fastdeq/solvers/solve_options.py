@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..constants import FIRST_RADIUS
+from ..constants import FIRST_RADIUS, PATIENCE_LIMIT
 
 if TYPE_CHECKING:
     from .base import Solver
@@ -28,6 +28,7 @@ class SolveOptions:
     tol: float
     max_iter: int
     patience: int
+    atol: float = 0.0
     precision: str = "auto"
     damping: float = 1.0
     fixed_iterations: int = 0
@@ -49,12 +50,22 @@ class SolveOptions:
 
     @classmethod
     def of(
-        cls, solver: Solver, *, tol: float, max_iter: int, precision: str = "auto"
+        cls,
+        solver: Solver,
+        *,
+        tol: float,
+        max_iter: int,
+        atol: float = 0.0,
+        patience: int | None = None,
+        precision: str = "auto",
     ) -> SolveOptions:
-        """The options of a registered solver; of another one what it shares with those."""
+        """The options of a registered solver; of another one what it shares with those.
+        ``patience`` is the solver's, scaled to ``max_iter``, unless it is given."""
         fields: Any = dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
         own = {f.name: getattr(solver, f.name) for f in fields if f.name in FIELDS}
-        return cls(solver.name, tol, max_iter, solver.patience, precision, **own)
+        if patience is None:
+            patience = scaled_patience(solver.patience, max_iter)
+        return cls(solver.name, tol, max_iter, patience, atol, precision, **own)
 
     @property
     def updates(self) -> int:
@@ -74,6 +85,12 @@ class SolveOptions:
     def arguments(self) -> tuple[Any, ...]:
         """All fields, in the order of an operator's schema."""
         return tuple([getattr(self, name) for name in FIELDS])
+
+
+def scaled_patience(patience: int, max_iter: int) -> int:
+    """A solver's patience for a solve with this limit: who allows more updates is in less of a
+    hurry."""
+    return max(patience, patience * max_iter // PATIENCE_LIMIT)
 
 
 #: Names of the fields, in their order.

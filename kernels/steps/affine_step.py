@@ -9,7 +9,7 @@ sample.py:
     PRODUCT  value = point @ M.T, nothing else
     STOPPED  nothing: what is in the row is neither read nor written
 
-For FULL and LOW also ``sums = |value - point|^2, |value|^2`` of each SUMS_COLUMNS outputs, and
+For FULL and LOW also ``sums = |value - point|, |value|`` of each SUMS_COLUMNS outputs, and
 ``g = value - point`` where HISTORY says so. EVALUATED says what was done.
 
 Tile layout: one program for BLOCK_M rows and BLOCK_N outputs, in steps of BLOCK_K inputs. Programs

@@ -13,6 +13,10 @@ from ..activations import activate
 from .sample import EVALUATED, FULL, HISTORY, LOW, PRODUCT, STOPPED
 
 SUMS_COLUMNS = tl.constexpr(32)  # outputs to an entry of the sums
+# Entries beyond LARGE are multiplied by SHRINK, a power of two, before they are squared: up to
+# 2^128 / 2^66 each, so that 16 of the largest do not overflow.
+LARGE = tl.constexpr(2.0**59)
+SHRINK = tl.constexpr(2.0**-67)
 # The interpreter's dot takes bfloat16 for integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -26,6 +30,14 @@ def check_strides(*strides: int) -> None:
     """Offsets in a tile have 32 bits."""
     if max(strides) >= 1 << 24:
         raise RuntimeError("an affine step takes strides below 2^24")
+
+
+@triton.jit
+def row_norm(rows):
+    """2-norms (M,) of rows (M, N), also of entries whose squares leave the range of float32."""
+    scale = tl.where(tl.max(tl.abs(rows), axis=1) > LARGE, SHRINK, 1.0)
+    scaled = rows * scale[:, None]
+    return tl.sqrt_rn(tl.sum(scaled * scaled, axis=1)) / scale
 
 
 @triton.jit
@@ -134,7 +146,7 @@ def finish(
     value_ptr += first_row * value_stride + row[:, None] * value_stride + column[None, :]
     tl.store(value_ptr, stored, mask=(requested != STOPPED)[:, None] & inside)
     sums_ptr += ((first_row + row) * tiles + first_column // SUMS_COLUMNS) * 2
-    tl.store(sums_ptr, tl.sum(g * g, axis=1), mask=evaluated)
-    tl.store(sums_ptr + 1, tl.sum(value * value, axis=1), mask=evaluated)
+    tl.store(sums_ptr, row_norm(g), mask=evaluated)
+    tl.store(sums_ptr + 1, row_norm(value), mask=evaluated)
     kind = tl.where(is_product, PRODUCT, tl.where(low, LOW, FULL))
     tl.store(flags_ptr + EVALUATED, kind, mask=tl.where(requested != STOPPED, first_column, 1) == 0)

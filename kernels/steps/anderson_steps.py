@@ -36,7 +36,7 @@ from ..anderson_mix import MAX_CAPACITY, tile_shape
 from ..anderson_weights import mixing_weights, older_entries
 from ..launch import limits, on_device, window_of
 from . import sample, schedule
-from .judge import RUNNING, assess, end, is_finite, only, out_of_patience, replace, settle
+from .judge import RUNNING, assess, end, is_finite, only, replace, settle
 from .momentum import target_of
 from .sample import Samples, Steps
 
@@ -76,6 +76,7 @@ def anderson_kernel(
     max_iter,
     patience,
     tol: tl.float32,
+    atol: tl.float32,
     undamped: tl.float32,  # 1 - beta
     regularization: tl.float64,
     rank_tolerance: tl.float64,
@@ -93,13 +94,26 @@ def anderson_kernel(
         return
     plain = tl.load(row.flags + sample.PLAIN) != 0
     accelerated = tl.load(row.flags + sample.ACCELERATED) != 0
+    refills = tl.load(row.flags + sample.REFILLS) != 0
     count = tl.load(row.flags + sample.COUNT)
     written = tl.load(row.flags + sample.HISTORY)
     backs = tl.load(row.flags + sample.REJECTS)
     caps = tl.load(row.flags + sample.REJECTS + 1)
     cuts = tl.load(row.flags + sample.REJECTS + 2)
     trusted_norm = tl.load(row.numbers + sample.TRUSTED_NORM)
-    seen, status = assess(row, sums, i, tiles, k, tol, max_iter, _SLOTS, False)
+    seen, status = assess(
+        row=row,
+        sums=sums,
+        i=i,
+        tiles=tiles,
+        k=k,
+        tol=tol,
+        atol=atol,
+        max_iter=max_iter,
+        patience=patience,
+        SLOTS=_SLOTS,
+        FIXED=False,
+    )
     finite, slow = is_finite(seen.norm), (seen.norm <= accelerate_above * seen.previous) == 0
     to_best = (seen.full | finite | accelerated) == 0  # perhaps rounding is to blame
     if SCHEDULE:
@@ -108,7 +122,7 @@ def anderson_kernel(
         plain = plain & ((seen.full & was_full & slow) == 0)
         # A history begins with a full-precision evaluation, if need be the one after this.
         begins = plain & (seen.full == 0) & (to_best == 0) & clear & slow
-        last_full, goal, since, lowest = schedule.after_evaluation(row, seen, plain, tol)
+        last_full, goal, since, lowest = schedule.after_evaluation(row, seen, plain)
         lowest = tl.where(to_best, sample.FULL, lowest)
         goal = tl.where(begins, float("inf"), goal)
         stays_plain = plain & (begins == 0)
@@ -121,8 +135,7 @@ def anderson_kernel(
     back = accelerates & accelerated & ((seen.norm <= safeguard * trusted_norm) == 0)
     takes_back = back & (status == RUNNING)
     fails = seen.full & ((finite | back) == 0)
-    stalls = seen.full & out_of_patience(seen.idle, k, patience, False)
-    status = end(status, fails, stalls, seen.best, tol)
+    status = end(status, fails, seen.stalls, seen.best.meets)
     save = settle(row, seen, status, (k + 1) % _SLOTS, k, _SLOTS)
     tl.store(row.flags + sample.REJECTS, backs + takes_back.to(tl.int32))
     if status != RUNNING:
@@ -133,6 +146,8 @@ def anderson_kernel(
         mixes, tl.minimum(count + 1, capacity - 1), tl.where(back | to_best, 0, count)
     )
     tl.store(row.flags + sample.COUNT, next_count)
+    still_refills = refills & ((mixes == 0) | (next_count < capacity - 1))
+    tl.store(row.flags + sample.REFILLS, (back | still_refills).to(tl.int32))
     tl.store(row.flags + sample.PLAIN, stays_plain.to(tl.int32))
     tl.store(row.flags + sample.HISTORY, (stays_plain == 0).to(tl.int32))
     tl.store(row.numbers + sample.NORM, seen.norm)
@@ -182,12 +197,13 @@ def anderson_kernel(
             max_weight=max_weight,
             BLOCK=BLOCK,
         )
-        gamma = tl.sum(weights, axis=0)
-        rejected = tl.max(accepted.to(tl.int32), axis=0) == 0
-        dropped = tl.sum(kept, axis=0) < count
+        gamma = tl.where(refills, 0.0, tl.sum(weights, axis=0))
+        rejected = (tl.max(accepted.to(tl.int32), axis=0) == 0) & (refills == 0)
+        dropped = (tl.sum(kept, axis=0) < count) & (refills == 0)
         tl.store(row.flags + sample.REJECTS + 1, caps + rejected.to(tl.int32))
         tl.store(row.flags + sample.REJECTS + 2, cuts + dropped.to(tl.int32))
-        tl.store(row.flags + sample.ACCELERATED, ((rejected == 0) & (count > 0)).to(tl.int32))
+        mixed = (rejected | refills) == 0
+        tl.store(row.flags + sample.ACCELERATED, (mixed & (count > 0)).to(tl.int32))
         tl.store(row.numbers + sample.TRUSTED_NORM, seen.norm)
     else:
         tl.store(row.flags + sample.ACCELERATED, (accelerated & (back == 0)).to(tl.int32))

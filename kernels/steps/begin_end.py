@@ -48,6 +48,8 @@ def _set_columns(row, mode, lowest, plain, radius, row_norm, largest):
     infinite = infinite | (column == sample.NORM_2) | (column == sample.NORM_TO_HALVE)
     infinite = infinite | (column == sample.LAST_FULL) | (column == sample.GOAL)
     infinite = infinite | (column == sample.TRUSTED_NORM) | (column == sample.RESTARTED_AT)
+    infinite = infinite | (column == sample.LEAST_NORM) | (column == sample.HALF_NOW)
+    infinite = infinite | (column == sample.HALF_BEFORE)
     number = tl.where(infinite, float("inf"), number)
     number = tl.where(column == sample.RADIUS, radius, number)
     number = tl.where(column == sample.ROW_NORM, row_norm, number)

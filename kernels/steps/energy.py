@@ -31,13 +31,11 @@ from ... import constants
 from ..launch import limits, on_device
 from . import energy_rows, sample
 from .judge import (
-    CONVERGED,
     MAX_ITER,
     RUNNING,
     assess,
     end,
     is_finite,
-    out_of_patience,
     settle,
 )
 from .momentum import SLOTS, MomentumSteps, Rows, momentum_step, target_of
@@ -72,6 +70,7 @@ def energy_kernel(
     patience,
     most,  # directions of a step
     tol: tl.float32,
+    atol: tl.float32,
     ACTIVATION: tl.constexpr,
     SCHEDULE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,9 +84,20 @@ def energy_kernel(
     at_floor = tl.load(row.flags + sample.FLOOR) != 0
     rejects = tl.load(row.flags + sample.REJECTS)
     t = tl.load(row.numbers + sample.LENGTH)
-    seen, status = assess(row, sums, i, tiles, k, tol, max_iter, SLOTS, False)
-    limit = tl.where(seen.best <= tol, CONVERGED, MAX_ITER)
-    status = tl.where((mode == sample.DIRECTION) & (k >= max_iter), limit, status)
+    seen, status = assess(
+        row=row,
+        sums=sums,
+        i=i,
+        tiles=tiles,
+        k=k,
+        tol=tol,
+        atol=atol,
+        max_iter=max_iter,
+        patience=patience,
+        SLOTS=SLOTS,
+        FIXED=False,
+    )
+    status = tl.where((mode == sample.DIRECTION) & (k >= max_iter), MAX_ITER, status)
 
     first = i * size
     rows = Rows(value + first, points + first, tl.cast(slot_stride, tl.int64), change + first)
@@ -102,10 +112,10 @@ def energy_kernel(
     rejected = tries & (fell == 0)
     halvings = tl.where(rejected, halvings + 1, 0)
     stalls = halvings > tl.where(at_floor, _FLOOR_HALVINGS, _MOST_HALVINGS)
-    stalls = stalls | (seen.full & out_of_patience(seen.idle, k, patience, False))
-    goes_on = tries | (heavy & is_finite(seen.best))
+    stalls = stalls | seen.stalls
+    goes_on = tries | (heavy & is_finite(seen.best.residual))
     fails = seen.full & (is_finite(seen.norm) == 0) & (goes_on == 0)
-    status = end(status, fails, stalls, seen.best, tol)
+    status = end(status, fails, stalls, seen.best.meets)
     save = settle(row, seen, status, (k + 1) % 2, k, SLOTS)
     tl.store(row.flags + sample.REJECTS, rejects + rejected.to(tl.int32))
     if status != RUNNING:
@@ -133,7 +143,6 @@ def energy_kernel(
             size=size,
             k=k,
             max_iter=max_iter,
-            tol=tol,
             MAY_END=True,
             SCHEDULE=SCHEDULE,
             BLOCK=BLOCK,

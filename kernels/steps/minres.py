@@ -29,13 +29,11 @@ from ... import constants
 from ..launch import limits, on_device
 from . import minres_rows, sample
 from .judge import (
-    CONVERGED,
     MAX_ITER,
     RUNNING,
     assess,
     end,
     is_finite,
-    out_of_patience,
     replace,
     settle,
 )
@@ -68,6 +66,7 @@ def minres_kernel(
     max_iter,
     patience,
     tol: tl.float32,
+    atol: tl.float32,
     SCHEDULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -83,9 +82,20 @@ def minres_kernel(
     restarted_at = tl.load(row.numbers + sample.RESTARTED_AT)
     phi = tl.load(row.numbers + sample.PHI)
     aim = tl.load(row.numbers + sample.AIM)
-    seen, status = assess(row, sums, i, tiles, k, tol, max_iter, SLOTS, False)
-    limit = tl.where(seen.best <= tol, CONVERGED, MAX_ITER)
-    status = tl.where((mode == sample.DIRECTION) & (k >= max_iter), limit, status)
+    seen, status = assess(
+        row=row,
+        sums=sums,
+        i=i,
+        tiles=tiles,
+        k=k,
+        tol=tol,
+        atol=atol,
+        max_iter=max_iter,
+        patience=patience,
+        SLOTS=SLOTS,
+        FIXED=False,
+    )
+    status = tl.where((mode == sample.DIRECTION) & (k >= max_iter), MAX_ITER, status)
 
     first = i * size
     rows = Rows(value + first, points + first, tl.cast(slot_stride, tl.int64), change + first)
@@ -94,7 +104,7 @@ def minres_kernel(
     slope += first
     last = k + 1 >= max_iter
     heavy = mode == sample.MOMENTUM
-    fails = seen.full & (is_finite(seen.norm) == 0) & ((heavy & is_finite(seen.best)) == 0)
+    fails = seen.full & (is_finite(seen.norm) == 0) & ((heavy & is_finite(seen.best.residual)) == 0)
     verified = (mode == sample.TRIAL) & (last == 0)
     drifts = (seen.norm <= phi * _DRIFT) == 0
     anew = (verified & (exhausted | drifts)) | ((mode == sample.OPEN) & (last == 0))
@@ -108,8 +118,8 @@ def minres_kernel(
     length = tl.sqrt(square)
     # A residual of zero that does not meet the tolerance is one below the smallest number.
     stalls = anew & ((vain > _MOST_VAIN_RESTARTS) | ((length > 0) == 0))
-    stalls = stalls | (seen.full & out_of_patience(seen.idle, k, patience, False))
-    status = end(status, fails, stalls, seen.best, tol)
+    stalls = stalls | seen.stalls
+    status = end(status, fails, stalls, seen.best.meets)
     save = settle(row, seen, status, (k + 1) % 2, k, SLOTS)
     tl.store(row.flags + sample.REJECTS, rejects + restarts.to(tl.int32))
     if status != RUNNING:
@@ -117,7 +127,7 @@ def minres_kernel(
 
     target = target_of(rows.points, rows.slot_stride, k, save)
     if mode == sample.DIRECTION:
-        done = minres_rows.direction(row, work, slope, rows.value, target, last, tol, BLOCK)
+        done = minres_rows.direction(row, work, slope, rows.value, target, last, tol, atol, BLOCK)
         tl.store(row.flags + sample.MODE, tl.where(done, sample.TRIAL, sample.DIRECTION))
         tl.store(row.flags + sample.REQUESTED, tl.where(done, sample.FULL, sample.PRODUCT))
         return
@@ -137,7 +147,6 @@ def minres_kernel(
             size=size,
             k=k,
             max_iter=max_iter,
-            tol=tol,
             MAY_END=True,
             SCHEDULE=SCHEDULE,
             BLOCK=BLOCK,
@@ -159,7 +168,7 @@ def minres_kernel(
         minres_rows.aim_along(work, slope, directions, scale, target, BLOCK)
         tl.store(row.flags + sample.DIRECTIONS, directions)
         # Where the estimate is sound, on towards a lower one.
-        lower = tol / seen.relative
+        lower = seen.limit / seen.relative
         aim *= tl.where(lower < 1, lower, 1.0) * _ESTIMATE_FRACTION
         tl.store(row.numbers + sample.AIM, tl.where(anew, _ESTIMATE_FRACTION, aim))
         if anew:

@@ -135,7 +135,7 @@ def _lengths(y_row, old_row, slope, product, some, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def direction(row, work, slope, product, target, last, tol, BLOCK: tl.constexpr):
+def direction(row, work, slope, product, target, last, tol, atol, BLOCK: tl.constexpr):
     """One Lanczos step; ``last``: the next evaluation is the last one. Writes the next point and
     returns whether it is an iterate to verify."""
     directions = tl.load(row.flags + sample.DIRECTIONS)
@@ -207,7 +207,7 @@ def direction(row, work, slope, product, target, last, tol, BLOCK: tl.constexpr)
             tl.store(row_at(work, _X) + entry, x, mask=inside)
             replace(target, entry, inside, tl.where(done, q, h * y))
         reach = tl.sqrt(tl.sum(sizes, axis=0)) + RESIDUAL_EPS
-        met = (done == 0) & (next_phi <= aim * tol * reach)
+        met = (done == 0) & (next_phi <= aim * (atol + tol * reach))
     else:
         met = done
     if met:

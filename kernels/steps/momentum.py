@@ -33,7 +33,6 @@ from .judge import (
     end,
     is_finite,
     only,
-    out_of_patience,
     replace,
     settle,
 )
@@ -143,7 +142,6 @@ def momentum_step(
     size,
     k,
     max_iter,
-    tol,
     MAY_END: tl.constexpr,  # another method goes on where these steps are slow
     SCHEDULE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,9 +150,9 @@ def momentum_step(
     written and, for a low-precision evaluation, the change."""
     finite = is_finite(seen.norm)
     to_best = (seen.full | finite) == 0  # perhaps rounding is to blame
-    trusted, kind = schedule.after_plain_step(row, seen, to_best, k, tol, max_iter, SCHEDULE)
+    trusted, kind = schedule.after_plain_step(row, seen, to_best, k, max_iter, SCHEDULE)
     omega, slow = learn_columns(row, seen, k, trusted, to_best)
-    ends = (slow | (seen.full & (finite == 0))) & is_finite(seen.best)
+    ends = (slow | (seen.full & (finite == 0))) & is_finite(seen.best.residual)
     if not MAY_END:
         ends = ends & (k < 0)
     kind = tl.where(ends, sample.FULL, kind)
@@ -196,6 +194,7 @@ def heavy_ball_kernel(
     max_iter,
     patience,
     tol: tl.float32,
+    atol: tl.float32,
     SCHEDULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -203,10 +202,21 @@ def heavy_ball_kernel(
     row = sample.row_of(i, flags, numbers, remaining)
     if tl.load(row.flags + sample.REQUESTED) == sample.STOPPED:
         return
-    seen, status = assess(row, sums, i, tiles, k, tol, max_iter, SLOTS, False)
+    seen, status = assess(
+        row=row,
+        sums=sums,
+        i=i,
+        tiles=tiles,
+        k=k,
+        tol=tol,
+        atol=atol,
+        max_iter=max_iter,
+        patience=patience,
+        SLOTS=SLOTS,
+        FIXED=False,
+    )
     fails = seen.full & (is_finite(seen.norm) == 0)
-    stalls = seen.full & out_of_patience(seen.idle, k, patience, False)
-    status = end(status, fails, stalls, seen.best, tol)
+    status = end(status, fails, seen.stalls, seen.best.meets)
     save = settle(row, seen, status, (k + 1) % SLOTS, k, SLOTS)
     if status != RUNNING:
         return
@@ -219,7 +229,6 @@ def heavy_ball_kernel(
         size=size,
         k=k,
         max_iter=max_iter,
-        tol=tol,
         MAY_END=False,
         SCHEDULE=SCHEDULE,
         BLOCK=BLOCK,

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...solvers.solve_options import SolveOptions
 from ..launch import limits, on_device
 from . import sample, schedule
-from .judge import RUNNING, assess, end, is_finite, only, out_of_patience, settle
+from .judge import RUNNING, assess, end, is_finite, only, settle
 from .sample import Samples, Steps, rows_tile
 
 SLOTS = 3  # of points
@@ -83,6 +83,7 @@ def plain_kernel(
     max_iter,
     patience,
     tol: tl.float32,
+    atol: tl.float32,
     damping: tl.float32,
     DAMPED: tl.constexpr,
     SCHEDULE: tl.constexpr,
@@ -93,12 +94,23 @@ def plain_kernel(
     row = sample.row_of(i, flags, numbers, remaining)
     if tl.load(row.flags + sample.REQUESTED) == sample.STOPPED:
         return
-    seen, status = assess(row, sums, i, tiles, k, tol, max_iter, _SLOTS, FIXED)
+    seen, status = assess(
+        row=row,
+        sums=sums,
+        i=i,
+        tiles=tiles,
+        k=k,
+        tol=tol,
+        atol=atol,
+        max_iter=max_iter,
+        patience=patience,
+        SLOTS=_SLOTS,
+        FIXED=FIXED,
+    )
     finite = is_finite(seen.norm)
-    stalls = seen.full & out_of_patience(seen.idle, k, patience, FIXED)
-    status = end(status, seen.full & (finite == 0), stalls, seen.best, tol)
+    status = end(status, seen.full & (finite == 0), seen.stalls, seen.best.meets)
     to_best = (seen.full | finite) == 0  # perhaps rounding is to blame
-    _, kind = schedule.after_plain_step(row, seen, to_best, k, tol, max_iter, SCHEDULE)
+    _, kind = schedule.after_plain_step(row, seen, to_best, k, max_iter, SCHEDULE)
     target = (k + 2) % _SLOTS
     save = settle(row, seen, status, target, k, _SLOTS)
     if status != RUNNING:

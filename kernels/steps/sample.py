@@ -7,7 +7,7 @@ One iteration is two launches: affine_step.py evaluates the rows that run, a sol
 program per sample) judges the evaluation and prepares the next. Between them a sample is
 
     flags (B, FLAGS) int32, numbers (B, NUMBERS) float32    the columns named below
-    sums (B, T, 2)         |value - point|^2 and |value|^2 of each output tile
+    sums (B, T, 2)         |value - point| and |value| of each output tile
     points (P + 1, B, n)   P slots in turn: evaluation k is at points[k % P]. The last slot keeps a
                            best iterate whose own slot is written next; BEST_AT is where it is
     pre (B, n)             pre-activation of the evaluation
@@ -37,14 +37,14 @@ from torch import Tensor
 
 from ...solvers.solve_options import SolveOptions
 
-# Columns of flags; 22 to 31 are free.
+# Columns of flags; 24 to 31 are free.
 FLAGS = tl.constexpr(32)
 REQUESTED = tl.constexpr(0)  # kind of the next evaluation, 0 where the sample has stopped
 EVALUATED = tl.constexpr(1)  # kind of the last evaluation, written by the step kernel
 HISTORY = tl.constexpr(2)  # 1: the next evaluation writes value - point to the history
 STATUS = tl.constexpr(3)  # once stopped
 ITERATIONS = tl.constexpr(4)  # once stopped
-IDLE = tl.constexpr(5)  # verified iterates in a row without a new best residual
+IDLE = tl.constexpr(5)  # verified iterates in a row that were not the best so far
 MODE = tl.constexpr(6)
 STEPS_SINCE_HALVED = tl.constexpr(7)  # heavy ball: evaluations since NORM_TO_HALVE was set
 BEST_AT = tl.constexpr(8)  # the slot of points
@@ -59,8 +59,10 @@ HALVINGS = tl.constexpr(18)  # energy
 FLOOR = tl.constexpr(19)  # energy: the step began near the rounding floor
 EXHAUSTED = tl.constexpr(20)  # MINRES: the Krylov space
 VAIN_RESTARTS = tl.constexpr(21)  # MINRES: since the last one that brought a gain
+MEETS = tl.constexpr(22)  # the best iterate meets the tolerance
+REFILLS = tl.constexpr(23)  # Anderson: plain steps until the history is full again
 
-# Columns of numbers; 12 and 22 to 29 are free.
+# Columns of numbers; 12 and 25 to 29 are free.
 NUMBERS = tl.constexpr(32)
 BEST = tl.constexpr(0)  # best relative residual
 NORM = tl.constexpr(1)  # residual norm of the last evaluation, of the one before, two before
@@ -83,6 +85,9 @@ DIAGONAL = tl.constexpr(18)
 CORNER = tl.constexpr(19)
 PHI = tl.constexpr(20)
 AIM = tl.constexpr(21)
+LEAST_NORM = tl.constexpr(22)  # least residual norm of a best iterate
+HALF_NOW = tl.constexpr(23)  # least residual norm in this half of the patience, and in the last
+HALF_BEFORE = tl.constexpr(24)
 ROW_NORM = tl.constexpr(30)  # adjoint: what the result is multiplied by, one after the other
 LARGEST = tl.constexpr(31)
 

@@ -70,7 +70,7 @@ def clear_of_goal(row, relative):
 
 
 @triton.jit
-def after_evaluation(row, seen, plain, tol):
+def after_evaluation(row, seen, plain):
     """(LAST_FULL, GOAL, SINCE_FULL, LOWEST). An evaluation that is in full precision only because
     another sample of its tile is comes too early to judge low-precision ones by."""
     asked = tl.load(row.flags + REQUESTED) == FULL
@@ -79,7 +79,9 @@ def after_evaluation(row, seen, plain, tol):
     since = tl.load(row.flags + SINCE_FULL)
     lowest = tl.load(row.flags + LOWEST)
     in_run = tl.where(asked, since, 0)
-    following, allowed = next_goal(seen.relative, last_full, goal, in_run, lowest, plain, tol)
+    following, allowed = next_goal(
+        seen.relative, last_full, goal, in_run, lowest, plain, seen.limit
+    )
     return (
         tl.where(seen.full, seen.relative, last_full),
         tl.where(seen.full, following, goal),
@@ -97,7 +99,7 @@ def store(row, last_full, goal, since_full, lowest):
 
 
 @triton.jit
-def after_plain_step(row, seen, to_best, k, tol, max_iter, ON: tl.constexpr):
+def after_plain_step(row, seen, to_best, k, max_iter, ON: tl.constexpr):
     """(whether the norm shows how fast the residual falls, REQUESTED) after an evaluation of a
     plain or heavy-ball step, whose columns are stored; ``to_best``: the next point is the best one,
     evaluated in full precision. REQUESTED is not stored here."""
@@ -106,7 +108,7 @@ def after_plain_step(row, seen, to_best, k, tol, max_iter, ON: tl.constexpr):
     if ON:
         was_full = tl.load(row.flags + SINCE_FULL) == 0
         shows = tl.where(seen.full, was_full, clear_of_goal(row, seen.relative))
-        last_full, goal, since, lowest = after_evaluation(row, seen, 1, tol)
+        last_full, goal, since, lowest = after_evaluation(row, seen, 1)
         lowest = tl.where(to_best, FULL, lowest)
         kind = next_kind(seen, 1, since, last_full, goal, lowest, 0, k, max_iter)
         tl.debug_barrier()  # all threads have loaded what one of them stores

@@ -72,6 +72,7 @@ def anderson_step(
     point,
     count,
     back,
+    refills,
     undamped,
     regularization,
     rank_tolerance,
@@ -82,7 +83,7 @@ def anderson_step(
     CHUNK: tl.constexpr,
 ):
     """The next points (M, n); of each sample, whether columns were dropped, and whether the weights
-    were rejected. Samples to be taken ``back`` have no weights."""
+    were rejected. Samples to be taken ``back``, or that refill their history, have no weights."""
     CAPACITY: tl.constexpr = WINDOW + 1
     M: tl.constexpr = value.shape[0]
     SIZE: tl.constexpr = value.shape[1]
@@ -116,7 +117,7 @@ def anderson_step(
         f_history=f_history,
         g_history=g_history,
         place=place,
-        weights=weights.to(tl.float32),
+        weights=tl.where(refills[:, None], 0.0, weights).to(tl.float32),
         back=back,
         newest=newest,
         undamped=undamped,

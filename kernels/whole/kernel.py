@@ -27,15 +27,18 @@ import triton.language as tl
 
 from ... import constants
 from ..activations import activate, activation_slope
+from ..steps.affine_tile import row_norm
 from ..steps.judge import (
     CONVERGED,
     NONFINITE,
     RESIDUAL_EPS,
     RUNNING,
+    Best,
     end,
     is_finite,
     judge,
     out_of_patience,
+    tolerance_at,
 )
 from ..steps.momentum import learn
 from .anderson import anderson_step
@@ -47,11 +50,6 @@ ANDERSON = tl.constexpr(2)
 # The loop goes on for an iteration, or for the product that the slope needs.
 ITERATE = tl.constexpr(2)
 _LEAST_SCALE = tl.constexpr(constants.LEAST_SCALE)
-
-
-@triton.jit
-def row_norm(rows):
-    return tl.sqrt(tl.sum(rows * rows, axis=1))
 
 
 @triton.jit
@@ -96,6 +94,7 @@ def whole_kernel(
     max_iter,
     patience,
     tol: tl.float32,
+    atol: tl.float32,
     damping: tl.float32,
     radius: tl.float32,  # heavy ball: of the spectrum, at first
     regularization: tl.float64,
@@ -136,9 +135,15 @@ def whole_kernel(
 
     best = point
     infinite = tl.full((BLOCK_M,), float("inf"), tl.float32)
-    best_residual = infinite
-    idle = tl.zeros((BLOCK_M,), tl.int32)
-    iterations = idle
+    iterations = tl.zeros((BLOCK_M,), tl.int32)
+    verified = Best(
+        residual=infinite,
+        least_norm=infinite,
+        meets=iterations > 0,
+        idle=iterations,
+        half_now=infinite,
+        half_before=infinite,
+    )
     status = tl.where(exists, RUNNING, CONVERGED)
     if SOLVER == HEAVY_BALL:
         radius = tl.zeros((BLOCK_M,), tl.float32) + radius
@@ -151,11 +156,12 @@ def whole_kernel(
         history_ptr += tile * (2 * (WINDOW + 1) * BLOCK_M * SIZE)
         gram_ptr += tile * (BLOCK_M * (WINDOW + 1) * (WINDOW + 1))
         newest = 0
-        count = idle
+        count = iterations
         plain = exists & (accelerate_above > 0)
         accelerated = count > 0
+        refills = accelerated
         trusted_norm = infinite
-        taken_back, capped, cut = idle, idle, idle
+        taken_back, capped, cut = count, count, count
 
     k = 0
     going = ITERATE
@@ -177,9 +183,8 @@ def whole_kernel(
         running = status == RUNNING
         sound = running & is_finite(size_norm)
         relative = tl.where(sound, norm / (size_norm + RESIDUAL_EPS), float("nan"))
-        improved, best_residual, idle, judged = judge(
-            relative, best_residual, idle, k, tol, max_iter, FIXED
-        )
+        limit = tolerance_at(tol, atol, norm, relative)
+        improved, verified, judged = judge(verified, norm, relative, k, limit, max_iter, FIXED)
         best = tl.where(improved[:, None], point, best)
         status = tl.where(running, judged, status)
         running = status == RUNNING
@@ -207,6 +212,7 @@ def whole_kernel(
                     point=point,
                     count=count,
                     back=back,
+                    refills=refills,
                     undamped=1.0 - damping,
                     regularization=regularization,
                     rank_tolerance=rank_tolerance,
@@ -216,12 +222,13 @@ def whole_kernel(
                     COLUMNS=COLUMNS,
                     CHUNK=CHUNK,
                 )
-                mixes = running & is_finite(norm) & (back == 0)
+                mixes = running & is_finite(norm) & ((back | refills) == 0)
                 taken_back += (running & back).to(tl.int32)
                 capped += (mixes & rejected).to(tl.int32)
                 cut += (mixes & dropped).to(tl.int32)
-                accelerated = (back == 0) & (rejected == 0) & (count > 0)
+                accelerated = ((back | refills | rejected) == 0) & (count > 0)
                 count = tl.where(back | plain, 0, tl.minimum(count + 1, WINDOW))
+                refills = back | (refills & (count < WINDOW))
             newest = tl.where(newest == WINDOW, 0, newest + 1)
         elif SOLVER == HEAVY_BALL:
             following = previous + omega[:, None] * (value - previous)
@@ -235,7 +242,7 @@ def whole_kernel(
                 previous_omega=previous_omega,
                 omega=omega,
                 norm_to_halve=norm,
-                steps_since_halved=idle,
+                steps_since_halved=iterations,
                 k=k,
                 trusted=running,
             )
@@ -247,8 +254,8 @@ def whole_kernel(
         else:
             following = value
 
-        stalls = out_of_patience(idle, k, patience, FIXED)
-        status = end(status, failed, stalls, best_residual, tol)
+        stalls, verified = out_of_patience(verified, k, patience, FIXED)
+        status = end(status, failed, stalls, verified.meets)
         # Of a sample that has stopped the point is not frozen: nothing of it is read any more.
         point = following
         on = (status == RUNNING).to(tl.int32)
@@ -270,7 +277,7 @@ def whole_kernel(
     mask = exists[:, None] & inside[None, :]
     tl.store(status_ptr + sample, status.to(tl.int8), mask=exists)
     tl.store(iterations_ptr + sample, iterations, mask=exists)
-    tl.store(residual_ptr + sample, best_residual, mask=exists)
+    tl.store(residual_ptr + sample, verified.residual, mask=exists)
     if SOLVER == ANDERSON:
         tl.store(rejects_ptr + 3 * sample, taken_back, mask=exists)
         tl.store(rejects_ptr + 3 * sample + 1, capped, mask=exists)

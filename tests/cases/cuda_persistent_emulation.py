@@ -17,6 +17,7 @@ from engine_cases import Call, Case, Forward, Outputs
 from native_options import NativeOptions, native_options
 from paths import EMULATOR, ROOT
 
+from fastdeq import constants
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.ops import solve_affine_adjoint, solve_common
 from fastdeq.solvers import HeavyBall, Solver, loop
@@ -205,7 +206,14 @@ class Emulation:
             output_stride=strides[0],
             input_stride=strides[1],
             activation=_INDEX[case.activation] if forward else -1,
-            options=native_options(call.solver, call.tol, call.max_iter),
+            options=native_options(
+                call.solver,
+                call.tol,
+                call.max_iter,
+                atol=call.atol,
+                patience=call.patience,
+                floor=constants.ROUNDING_FLOOR * torch.finfo(dtype).eps,
+            ),
             multiprocessors=device.multiprocessors,
             warps=device.warps,
             only_tile=device.tile,

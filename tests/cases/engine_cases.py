@@ -41,10 +41,13 @@ class Call:
     tol: float = 1e-5
     max_iter: int = 100
     precision: str = "float32"
+    atol: float = 0.0
+    patience: int | None = None
 
     def options(self) -> SolveOptions:
+        limits = {"tol": self.tol, "atol": self.atol, "max_iter": self.max_iter}
         return SolveOptions.of(
-            self.solver, tol=self.tol, max_iter=self.max_iter, precision=self.precision
+            self.solver, patience=self.patience, precision=self.precision, **limits
         )
 
 

@@ -17,13 +17,21 @@ FIELDS = tuple(f for f in dataclasses.fields(SolveOptions) if f.name != "restart
 
 
 class NativeOptions(ctypes.Structure):
-    _fields_ = tuple((f.name, _TYPES[f.type]) for f in FIELDS)
+    _fields_ = (*((f.name, _TYPES[f.type]) for f in FIELDS), ("floor", ctypes.c_double))
 
 
-def native_options(solver: Solver, tol: float, max_iter: int) -> NativeOptions:
-    options = SolveOptions.of(solver, tol=tol, max_iter=max_iter)
+def native_options(
+    solver: Solver,
+    tol: float,
+    max_iter: int,
+    *,
+    atol: float = 0.0,
+    patience: int | None = None,
+    floor: float = 0.0,
+) -> NativeOptions:
+    options = SolveOptions.of(solver, tol=tol, max_iter=max_iter, atol=atol, patience=patience)
     fields = {f.name: getattr(options, f.name) for f in FIELDS}
     fields["solver"] = _SOLVERS[options.solver]
     fields["precision"] = PRECISIONS.index(options.precision)
     fields["window"] = options.most_differences
-    return NativeOptions(**fields)
+    return NativeOptions(floor=floor, **fields)

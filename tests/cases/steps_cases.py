@@ -37,6 +37,9 @@ INFINITE = (
     "LAST_FULL",
     "GOAL",
     "TRUSTED_NORM",
+    "LEAST_NORM",
+    "HALF_NOW",
+    "HALF_BEFORE",
 )
 
 
@@ -59,8 +62,9 @@ class Case:
         nan = {"fill_value": math.nan, "device": device}
         sums = torch.rand(batch, tiles, 2)  # how a sum is spread over tiles does not matter
         sums /= sums.sum(1, keepdim=True)
-        sums[:, :, 0] *= norm[:, None] ** 2
-        sums[:, :, 1] *= scale**2
+        sums = sums.sqrt()  # norms of tiles
+        sums[:, :, 0] *= norm[:, None]
+        sums[:, :, 1] *= scale
         change = torch.full((batch, size), dtype=torch.bfloat16, **nan) if schedule else None
         self.samples = Samples(
             points=torch.full((slots + 1, batch, size), **nan),
@@ -77,6 +81,10 @@ class Case:
         self.set(**dict.fromkeys(INFINITE, math.inf), OMEGA=1.0, PREVIOUS_OMEGA=1.0, RADIUS=0.5)
 
     def set(self, **columns) -> Case:
+        """Of a best residual follow, for values of norm 1, the norms that patience compares."""
+        if columns.get("BEST", math.inf) < math.inf:
+            best = columns["BEST"]
+            columns = {"LEAST_NORM": best, "HALF_NOW": best, "HALF_BEFORE": best} | columns
         for name, x in columns.items():
             of = self.samples.numbers if isinstance(x, float) else self.samples.flags
             of[:, column(name)] = x

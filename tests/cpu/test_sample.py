@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which(COMPILER[0]) is None, reason=f"no C++ compiler ({COMPILER[0]})"
 )
 FULL, BFLOAT16, INT8 = range(3)
-PLAIN, HEAVY_BALL, MIX, TAKE_BACK, BEST, SWITCH = range(6)
+PLAIN, HEAVY_BALL, MIX, REFILL, TAKE_BACK, BEST, SWITCH = range(7)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def compare_with_the_loop(pieces, f, solver, tol, max_iter):
         if rejects is not None:
             assert list(last.rejects) == rejects[i].tolist()
         for record, count in zip(records, watched.counts, strict=False):
-            if record.step == MIX:
+            if record.step in (MIX, REFILL):
                 assert record.count == count[i]
         for record, omega in zip(records[:-1], watched.omegas, strict=False):
             assert record.step == HEAVY_BALL

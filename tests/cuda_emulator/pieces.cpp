@@ -35,7 +35,7 @@ int options_bytes() { return int(sizeof(SolveOptions)); }
 void echo_options(const SolveOptions* options, double* fields) {
   const SolveOptions& o = *options;
   for (const double field :
-       {double(o.solver), o.tol, double(o.max_iter), double(o.patience), double(o.precision),
+       {double(o.solver), o.tol, double(o.max_iter), double(o.patience), o.atol, double(o.precision),
         o.damping, double(o.fixed_iterations), double(o.momentum), o.radius,
         double(o.most_directions), double(o.window), o.regularization, o.rank_tolerance,
         o.max_weight, o.safeguard, o.accelerate_above}) {

@@ -53,7 +53,7 @@ def test_a_stopped_sample_is_not_touched(method, device):
     [
         (5, 0, ["RUNNING", "RUNNING", "CONVERGED", "NONFINITE"]),
         (5, 2, ["RUNNING", "STAGNATED", "CONVERGED", "NONFINITE"]),
-        (2, 2, ["RUNNING", "RUNNING", "CONVERGED", "NONFINITE"]),
+        (5, 1, ["RUNNING", "RUNNING", "CONVERGED", "NONFINITE"]),
         (50, 0, ["MAX_ITER", "MAX_ITER", "CONVERGED", "MAX_ITER"]),
         (0, 0, ["RUNNING", "RUNNING", "CONVERGED", "NONFINITE"]),
     ],
