@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from .backends.choose import Backend
 from .cells import AffineCell
-from .options import Options
-from .solution import Solution, Status, handle_failure
+from .errors import explain_call, lists_options
+from .options import AdjointName, Gradient, Options, Precision, SolverName, State
+from .solution import OnFailure, Solution, Status, handle_failure
 from .solve.affine import solve_affine
 from .solve.general import solve_map
 from .solve.spec import Specs
@@ -60,29 +62,27 @@ class DEQLayer(nn.Module):
 
     _specs: Specs | None = None
 
+    @lists_options("DEQLayer")
     def __init__(
         self,
         cell: Any,
         *,
-        solver: str | Solver = "auto",
-        adjoint: str | Solver = "auto",
-        gradient: str = "implicit",
+        solver: SolverName | Solver = "auto",
+        adjoint: AdjointName | Solver = "auto",
+        gradient: Gradient = "implicit",
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         max_iter: int = 100,
         adjoint_max_iter: int | None = None,
-        precision: str = "auto",
-        backend: str = "auto",
-        on_failure: str = "warn",
-        **unknown: object,
+        precision: Precision = "auto",
+        backend: Backend = "auto",
+        on_failure: OnFailure = "warn",
     ):
         super().__init__()
         if not callable(cell) or isinstance(cell, type):
             raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
         self.cell = cell
-        self.options = Options.checked(
-            "DEQLayer",
-            unknown,
+        self.options = Options(
             solver=solver,
             adjoint=adjoint,
             gradient=gradient,
@@ -124,17 +124,29 @@ class DEQLayer(nn.Module):
             start = self._start(x) if z0 is None else z0
             if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
                 x, bad = _without_nonfinite(x)
-            z, solution = solve_map(
-                lambda state: self.cell(state, x, *context),
-                start,
-                self._specs_for(self._structure()),
-                self._receive_adjoint,
-            )
+            try:
+                z, solution = solve_map(
+                    lambda state: self.cell(state, x, *context),
+                    start,
+                    self._specs_for(self._structure()),
+                    self._receive_adjoint,
+                )
+            except TypeError as error:
+                explain_call(self.cell, context, error)
+                raise
         if bad is not None:
             z, solution = _mark_nonfinite(z, solution, bad)
         self.last_solution = solution
         self._handle(solution, "DEQLayer, forward solve")
         return z
+
+    if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
+
+        @overload
+        def __call__(self, x: Any, *context: Any, z0: None = None, **more: Any) -> Any: ...
+        @overload
+        def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
+        def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
 
     def _fused(self, context: tuple[Any, ...]) -> bool:
         return self.options.registered and not context and self._plain()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import enum
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import constants
 from .cuda_stream import is_capturing
+from .errors import warn_caller
 
 
 class Status(enum.IntEnum):
@@ -26,9 +26,11 @@ class Status(enum.IntEnum):
     NONFINITE = constants.STATUS_NONFINITE  #: the cell returned NaN or infinity for this sample
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """Result of a fixed-point or linear solve of a batch of B samples.
+
+    Compared and hashed by identity.
 
     Attributes:
         value: the best finite iterate of each sample, shaped like the state (a tensor ``(B, ...)``
@@ -116,7 +118,8 @@ class ConvergenceWarning(UserWarning):
     """A solve failed for at least one sample and ``on_failure="warn"``."""
 
 
-ON_FAILURE = ("warn", "raise", "ignore")
+OnFailure = Literal["warn", "raise", "ignore"]
+ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
 
 _ADVICE = {
     Status.MAX_ITER: "raise max_iter or tol, or try another solver",
@@ -159,5 +162,5 @@ def handle_failure(solution: Solution, on_failure: str, what: str) -> bool:
     message = failure_message(solution, what)
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    warn_caller(message, ConvergenceWarning)
     return True
