@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import numbers
-import sys
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
@@ -89,10 +90,13 @@ def _check_direction(solver: object, *, adjoint: bool) -> None:
 
 def _tolerance(name: str, value: object) -> float:
     """``value`` as a float; raises ValueError unless it is a finite number >= 0."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond the largest float
+            number = float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
-    return float(value)  # type: ignore[arg-type]
+    return number
 
 
 def _limit(name: str, value: object) -> int:
