@@ -245,12 +245,11 @@ def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solut
     def each(state: Any) -> Any:
         return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
 
-    marked = Solution(
-        each(solution.value),
-        torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
-        torch.where(bad, 0, solution.iterations),
-        torch.where(bad, torch.inf, solution.residual),
-        solution.rejects,
-        solution.contraction,
+    marked = dataclasses.replace(
+        solution,
+        value=each(solution.value),
+        status=torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
+        iterations=torch.where(bad, 0, solution.iterations),
+        residual=torch.where(bad, torch.inf, solution.residual),
     )
     return each(z), marked

@@ -7,7 +7,7 @@ engine that was chosen for each device, dtype and shape class.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
 from ..solvers.loop import solve
+from .trend import Traced
 
 Report = Callable[[Solution], None]
 
@@ -108,19 +109,25 @@ class SolveSpec:
         """The outputs of an operator as a :class:`fastdeq.Solution`."""
         value, status, iterations, residual, rejects, *_ = outputs
         counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
-        return Solution(value.detach(), status, iterations, residual, counters, contraction)
+        found = (value.detach(), status, iterations, residual, counters, contraction)
+        return Solution(*found, solver=self.solver)
 
     def iterate(self, f: Callable[[Tensor], Tensor], start: Tensor, value: Any) -> Solution:
         """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known."""
-        return solve(
+        traced = None
+        if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
+            traced = Traced(self.solver, self.options.max_iter)
+        solution = solve(
             f,
             start,
-            self.solver,
+            traced or self.solver,  # type: ignore[arg-type]
             tol=self.options.tol,
             max_iter=self.options.max_iter,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=value,
         )
+        trend = traced and traced.trend
+        return replace(solution, solver=self.solver, trend=trend)
 
 
 class Specs:
