@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import constants
 from .cuda_stream import is_capturing
@@ -160,8 +161,8 @@ _ABOVE_FLOOR = 200
 
 def _epsilon(solution: Solution) -> float:
     """Of the lowest precision that the map may have been evaluated in."""
-    state = solution.value if isinstance(solution.value, (tuple, list)) else (solution.value,)
-    dtypes = [p.dtype for p in state if isinstance(p, Tensor) and p.is_floating_point()]
+    parts = tree_leaves(solution.value)
+    dtypes = [p.dtype for p in parts if isinstance(p, Tensor) and p.is_floating_point()]
     device = solution.residual.device.type
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
