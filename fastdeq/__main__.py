@@ -10,7 +10,7 @@ import torch
 from . import __version__
 from .backends.report import engines_for, gpu_asked_about, report
 from .cells import AffineCell
-from .options import Options
+from .options import Options, Precision
 from .solvers import SolveOptions, resolve
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -53,7 +53,7 @@ def report_shape(
     weight: str = "dense",
     activation: str = "tanh",
     scale: float = 0.9,
-    precision: str = "auto",
+    precision: Precision = "auto",
     **solvers: Any,
 ) -> str:
     """The choice for the forward and the adjoint solve of ``AffineCell(..., size)`` on ``batch``
@@ -62,7 +62,7 @@ def report_shape(
     Raises:
         ValueError: options that do not exist, or a capability of which nothing is known.
     """
-    options = Options.checked("info", {}, precision=precision, **solvers)
+    options = Options(precision=precision, **solvers)
     cell = AffineCell(1, min(size, 2), activation=activation, weight=weight, scale=scale)
     gpu, note = gpu_asked_about(device, capability)
     lines = [

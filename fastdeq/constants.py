@@ -16,17 +16,18 @@ STATUS_MAX_ITER = 1
 STATUS_STAGNATED = 2
 STATUS_NONFINITE = 3
 
-# Iterates in a row that may not be the best so far before a sample counts as stagnated, with a limit
-# of up to PATIENCE_LIMIT updates; in proportion more with a higher one, but not at the rounding
-# floor. A sample goes on whose residual norms fall, each half of its patience to STILL_FALLING of the
-# half before.
+# Iterates in a row that may not be the best so far before a sample counts as stagnated, with a
+# limit of up to PATIENCE_LIMIT updates; in proportion more with a higher one, but not at the
+# rounding floor. A sample goes on whose residual norms fall, each half of its patience to
+# STILL_FALLING of the half before.
 PATIENCE = 50
 PATIENCE_ENERGY = 200
 PATIENCE_MINRES = 20
 PATIENCE_GMRES = 3
 PATIENCE_LIMIT = 100
 STILL_FALLING = 0.9
-# The relative residual below which rounding may be all that is left, in units of the machine epsilon.
+# The relative residual, in units of the machine epsilon, below which rounding may be all that is
+# left.
 ROUNDING_FLOOR = 16.0
 
 # Adjoint solves: D g is divided by no less than this part of the largest entry of g.

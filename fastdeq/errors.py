@@ -1,9 +1,18 @@
-"""Errors at the public edge: misspelt names and options, and backends that cannot be had."""
+"""Errors and warnings at the public edge: misspelt names and options, calls that do not fit,
+backends that cannot be had, and the line of the user's code that a warning is about."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
@@ -35,3 +44,98 @@ def check_options(unknown: Mapping[str, object], valid: Iterable[str], owner: st
             f"{', '.join(map(repr, unknown))}; valid options: {', '.join(names)}."
             + _hint(first, names)
         )
+
+
+def lists_options(owner: str) -> Callable[[_Function], _Function]:
+    """Decorates a function with keyword-only options: an unknown one raises as ``check_options``
+    does. Type checkers, ``help`` and ``inspect.signature`` see the function itself."""
+
+    def decorate(function: _Function) -> _Function:
+        parameters = inspect.signature(function).parameters.values()
+        valid = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        positional = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        known = valid | positional
+
+        @functools.wraps(function)
+        def checked(*args: Any, **options: Any) -> Any:
+            if not options.keys() <= known:
+                unknown = {name: v for name, v in options.items() if name not in known}
+                check_options(unknown, valid, owner)
+            return function(*args, **options)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def explain_call(cell: Callable[..., Any], context: tuple[Any, ...], error: TypeError) -> None:
+    """Raises TypeError from ``error`` where ``cell(z, x, *context)`` does not fit the signature of
+    the cell, a module or a function; returns where it does, or where there is no signature."""
+    try:
+        signature = inspect.signature(getattr(cell, "forward", cell))
+    except (TypeError, ValueError):
+        return
+    if _fits(signature, 2 + len(context)):
+        return
+    name = getattr(cell, "__name__", type(cell).__name__)
+    called = ", ".join(["z", "x", *(f"context[{i}]" for i in range(len(context)))])
+    message = f"the layer calls {name}({called}), which does not fit {name}{signature}."
+    if context and _fits(signature, 2):
+        message += " What follows x goes to the cell; a start is given by keyword: layer(x, z0=...)"
+    raise TypeError(message) from error
+
+
+def _fits(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_library(frame: FrameType) -> bool:
+    module = frame.f_globals.get("__name__") or ""
+    # A traced torch.fx module runs code that torch has written.
+    generated = frame.f_code.co_filename.startswith("<eval_with_key>")
+    return generated or module.partition(".")[0] in ("fastdeq", "torch")
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame, from ``frame`` outwards, that neither fastdeq nor torch runs."""
+    while frame is not None and _is_library(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _starts_of_backward() -> list[FrameType]:
+    """Frames, in any thread, in which autograd's engine was entered."""
+    found = []
+    for frame in sys._current_frames().values():
+        inner: FrameType | None = frame
+        while inner is not None and inner.f_code.co_name != "_engine_run_backward":
+            inner = inner.f_back
+        if inner is not None:
+            found.append(inner)
+    return found
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warns at the innermost line of the stack that is neither fastdeq's nor torch's.
+
+    Autograd runs the nodes of a CUDA device in a thread of its own, whose stack has no such line.
+    There it is the line that started the backward pass, if only one is running.
+    """
+    here = sys._getframe(1)
+    frame = _caller(here)
+    if frame is None:
+        starts = _starts_of_backward()
+        frame = (_caller(starts[0]) if len(starts) == 1 else None) or here
+    variables = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        variables.get("__name__"),
+        variables.setdefault("__warningregistry__", {}),
+    )

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from .options import Options
-from .solution import Solution, handle_failure
+from .backends.choose import Backend
+from .errors import lists_options
+from .options import AdjointName, Gradient, Options, Precision, SolverName, State
+from .solution import OnFailure, Solution, handle_failure
 from .solve.general import solve_map
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 
 
+@lists_options("fixed_point")
 def fixed_point(
-    f: Callable[[Any], Any],
-    z0: Any,
+    f: Callable[[State], State],
+    z0: State,
     *,
-    solver: str | Solver = "auto",
-    adjoint: str | Solver = "auto",
-    gradient: str = "implicit",
+    solver: SolverName | Solver = "auto",
+    adjoint: AdjointName | Solver = "auto",
+    gradient: Gradient = "implicit",
     tol: float = 1e-4,
     adjoint_tol: float | None = None,
+    atol: float = 0.0,
+    adjoint_atol: float = 0.0,
     max_iter: int = 100,
     adjoint_max_iter: int | None = None,
-    precision: str = "auto",
-    backend: str = "auto",
-    on_failure: str = "warn",
-    **unknown: object,
-) -> tuple[Any, Solution]:
+    patience: int | None = None,
+    precision: Precision = "auto",
+    backend: Backend = "auto",
+    on_failure: OnFailure = "warn",
+) -> tuple[State, Solution]:
     """Solves ``z = f(z)`` for each sample, differentiable in everything that f closes over.
 
     Args:
@@ -44,16 +48,17 @@ def fixed_point(
         TypeError, ValueError: options or states that do not fit; the message lists what does.
         ConvergenceError: with ``on_failure="raise"``, also from the backward pass.
     """
-    options = Options.checked(
-        "fixed_point",
-        unknown,
+    options = Options(
         solver=solver,
         adjoint=adjoint,
         gradient=gradient,
         tol=tol,
         adjoint_tol=adjoint_tol,
+        atol=atol,
+        adjoint_atol=adjoint_atol,
         max_iter=max_iter,
         adjoint_max_iter=adjoint_max_iter,
+        patience=patience,
         precision=precision,
         backend=backend,
         on_failure=on_failure,

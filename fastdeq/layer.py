@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from .backends.choose import Backend
 from .cells import AffineCell
-from .options import Options
-from .solution import Solution, Status, handle_failure
+from .errors import explain_call, lists_options
+from .options import AdjointName, Gradient, Options, Precision, SolverName, State
+from .solution import OnFailure, Solution, Status, handle_failure
 from .solve.affine import solve_affine
 from .solve.general import solve_map
 from .solve.spec import Specs
@@ -32,11 +34,16 @@ class DEQLayer(nn.Module):
             "picard", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap).
-        tol: relative residual ``|f(z) - z| / |f(z)|`` per sample at which a sample has converged.
+        tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
+            of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.
+        atol: see ``tol``; for equilibria near zero, which no relative tolerance reaches soon.
+        adjoint_atol: the same for the adjoint, next to a right-hand side scaled to norm 1.
         max_iter: most updates of a sample; one further evaluation verifies the last of them. A
             solver with ``fixed_iterations`` has its own count.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
+        patience: iterates in a row without progress after which a sample is given up, in both
+            directions; None: the solver's own, half of ``max_iter`` for most, 50 at least.
         precision: of the products inside the solve of a float32 :class:`AffineCell`. "auto": early
             iterations with 8-bit and bfloat16 products where the processor has them and they are
             faster, on a GPU bfloat16 ones from 512 features on; "float32": none; "mixed": at any
@@ -60,36 +67,40 @@ class DEQLayer(nn.Module):
 
     _specs: Specs | None = None
 
+    @lists_options("DEQLayer")
     def __init__(
         self,
         cell: Any,
         *,
-        solver: str | Solver = "auto",
-        adjoint: str | Solver = "auto",
-        gradient: str = "implicit",
+        solver: SolverName | Solver = "auto",
+        adjoint: AdjointName | Solver = "auto",
+        gradient: Gradient = "implicit",
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
+        atol: float = 0.0,
+        adjoint_atol: float = 0.0,
         max_iter: int = 100,
         adjoint_max_iter: int | None = None,
-        precision: str = "auto",
-        backend: str = "auto",
-        on_failure: str = "warn",
-        **unknown: object,
+        patience: int | None = None,
+        precision: Precision = "auto",
+        backend: Backend = "auto",
+        on_failure: OnFailure = "warn",
     ):
         super().__init__()
         if not callable(cell) or isinstance(cell, type):
             raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
         self.cell = cell
-        self.options = Options.checked(
-            "DEQLayer",
-            unknown,
+        self.options = Options(
             solver=solver,
             adjoint=adjoint,
             gradient=gradient,
             tol=tol,
             adjoint_tol=adjoint_tol,
+            atol=atol,
+            adjoint_atol=adjoint_atol,
             max_iter=max_iter,
             adjoint_max_iter=adjoint_max_iter,
+            patience=patience,
             precision=precision,
             backend=backend,
             on_failure=on_failure,
@@ -124,17 +135,29 @@ class DEQLayer(nn.Module):
             start = self._start(x) if z0 is None else z0
             if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
                 x, bad = _without_nonfinite(x)
-            z, solution = solve_map(
-                lambda state: self.cell(state, x, *context),
-                start,
-                self._specs_for(self._structure()),
-                self._receive_adjoint,
-            )
+            try:
+                z, solution = solve_map(
+                    lambda state: self.cell(state, x, *context),
+                    start,
+                    self._specs_for(self._structure()),
+                    self._receive_adjoint,
+                )
+            except TypeError as error:
+                explain_call(self.cell, context, error)
+                raise
         if bad is not None:
             z, solution = _mark_nonfinite(z, solution, bad)
         self.last_solution = solution
         self._handle(solution, "DEQLayer, forward solve")
         return z
+
+    if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
+
+        @overload
+        def __call__(self, x: Any, *context: Any, z0: None = None, **more: Any) -> Any: ...
+        @overload
+        def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
+        def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
 
     def _fused(self, context: tuple[Any, ...]) -> bool:
         return self.options.registered and not context and self._plain()
@@ -233,12 +256,11 @@ def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solut
     def each(state: Any) -> Any:
         return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
 
-    marked = Solution(
-        each(solution.value),
-        torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
-        torch.where(bad, 0, solution.iterations),
-        torch.where(bad, torch.inf, solution.residual),
-        solution.rejects,
-        solution.contraction,
+    marked = dataclasses.replace(
+        solution,
+        value=each(solution.value),
+        status=torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
+        iterations=torch.where(bad, 0, solution.iterations),
+        residual=torch.where(bad, torch.inf, solution.residual),
     )
     return each(z), marked

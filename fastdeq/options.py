@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
 import numbers
 from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
 
 from .backends.choose import BACKENDS
-from .errors import check_choice, check_options
+from .backends.choose import Backend as Backend
+from .errors import check_choice
 from .solution import ON_FAILURE
-from .solvers import SOLVERS, Solver, named
+from .solution import OnFailure as OnFailure
+from .solvers import ADJOINT, FORWARD, SOLVERS, Solver, named
 from .solvers.solve_options import PRECISIONS
 
-GRADIENTS = ("implicit", "one_step")
+#: A state: what a map takes and returns, a tensor or a tuple of them.
+State = TypeVar("State")
+SolverName = Literal["auto", "picard", "anderson", "heavy_ball", "energy"]
+AdjointName = Literal["auto", "picard", "anderson", "heavy_ball", "neumann", "gmres", "minres"]
+Precision = Literal["auto", "float32", "mixed"]
+Gradient = Literal["implicit", "one_step"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+
+#: The largest iteration limit: the engines count updates, and one evaluation more, in 32 bits.
+MOST_ITERATIONS = 2**31 - 2
 
 
 @dataclass(frozen=True)
 class Options:
     """Options shared by ``DEQLayer`` and ``fixed_point``; see ``DEQLayer`` for their meaning."""
 
-    solver: str | Solver = "auto"
-    adjoint: str | Solver = "auto"
-    gradient: str = "implicit"
+    solver: SolverName | Solver = "auto"
+    adjoint: AdjointName | Solver = "auto"
+    gradient: Gradient = "implicit"
     tol: float = 1e-4
     adjoint_tol: float | None = None
+    atol: float = 0.0
+    adjoint_atol: float = 0.0
     max_iter: int = 100
     adjoint_max_iter: int | None = None
-    precision: str = "auto"
-    backend: str = "auto"
-    on_failure: str = "warn"
+    patience: int | None = None
+    precision: Precision = "auto"
+    backend: Backend = "auto"
+    on_failure: OnFailure = "warn"
     registered: bool = field(init=False, repr=False)
     """Whether the operators know both solvers by name, so that a whole solve is one call."""
 
@@ -38,6 +53,7 @@ class Options:
         for name, adjoint in (("solver", False), ("adjoint", True)):
             given = getattr(self, name)
             if given != "auto":  # an object from now on: a compiled layer does not build any
+                _check_direction(given, adjoint=adjoint)
                 chosen = named(given, adjoint=adjoint)
                 registered &= SOLVERS.get(chosen.name) is type(chosen)
                 object.__setattr__(self, name, chosen)
@@ -46,34 +62,52 @@ class Options:
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
-        self._check_tolerance("tol", self.tol)
-        self._check_limit("max_iter", self.max_iter)
-        object.__setattr__(self, "tol", float(self.tol))
-        object.__setattr__(self, "max_iter", int(self.max_iter))
-        if self.adjoint_tol is not None:
-            self._check_tolerance("adjoint_tol", self.adjoint_tol)
-        if self.adjoint_max_iter is not None:
-            self._check_limit("adjoint_max_iter", self.adjoint_max_iter)
+        for name in ("tol", "adjoint_tol", "atol", "adjoint_atol"):
+            if (tolerance := getattr(self, name)) is not None or name != "adjoint_tol":
+                object.__setattr__(self, name, _tolerance(name, tolerance))
+        for name in ("max_iter", "adjoint_max_iter", "patience"):
+            if (limit := getattr(self, name)) is not None or name == "max_iter":
+                object.__setattr__(self, name, _limit(name, limit))
 
-    def adjoint_limits(self) -> tuple[float, int]:
-        """Tolerance and iteration limit of the adjoint; those of the forward solve where unset."""
+    def adjoint_limits(self) -> dict[str, Any]:
+        """Tolerances and iteration limit of the adjoint; the relative tolerance and the limit of
+        the forward solve where unset."""
         tol = self.tol if self.adjoint_tol is None else self.adjoint_tol
         max_iter = self.max_iter if self.adjoint_max_iter is None else self.adjoint_max_iter
-        return float(tol), int(max_iter)
+        return {"tol": tol, "atol": self.adjoint_atol, "max_iter": max_iter}
 
-    @classmethod
-    def checked(cls, owner: str, unknown: dict[str, object], **options: object) -> Options:
-        """Builds the options of ``owner``, refusing keyword arguments it does not know."""
-        check_options(unknown, (f.name for f in dataclasses.fields(cls) if f.init), owner)
-        return cls(**options)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _check_tolerance(name: str, value: object) -> None:
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:  # type: ignore[operator]
-            raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
+def _check_direction(solver: object, *, adjoint: bool) -> None:
+    """Raises ValueError for a solver, by name or as an object, of the other direction."""
+    name = solver if isinstance(solver, (str, type)) else getattr(solver, "name", None)
+    there, here = (FORWARD, ADJOINT) if adjoint else (ADJOINT, FORWARD)
+    if name not in there or name in here:
+        return
+    this, other = ("adjoint", "solver") if adjoint else ("solver", "adjoint")
+    what = "forward problems" if adjoint else "the linear system of the gradient"
+    given = repr(name if isinstance(solver, str) else solver)
+    raise ValueError(
+        f"{name!r} solves {what} only: pass {other}={given} instead of {this}={given}; "
+        f"valid choices for {this}: {', '.join(map(repr, ('auto', *here)))}."
+    )
 
-    @staticmethod
-    def _check_limit(name: str, value: object) -> None:
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+def _tolerance(name: str, value: object) -> float:
+    """``value`` as a float; raises ValueError unless it is a finite number >= 0."""
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond the largest float
+            number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
+    return number
+
+
+def _limit(name: str, value: object) -> int:
+    """``value`` as an int; raises ValueError unless it is one that the engines can count to."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or not 1 <= value <= MOST_ITERATIONS:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be an integer from 1 to {MOST_ITERATIONS}, such as 100, got {value!r}."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -24,7 +24,8 @@ from ..solvers.solve_options import SolveOptions
 from . import extension
 from .device import Gpu
 
-BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 CPP_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball", "energy", "minres")
 CUDA_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
 

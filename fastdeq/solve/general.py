@@ -109,13 +109,14 @@ def solve_map(
     # torch.nn.utils.parametrize.cached) keeps its graph for the evaluation that is differentiated.
     start_value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
     with torch.no_grad():
-        solution = specs.forward.iterate(rows, start, start_value, packing.parts)
+        solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, start_value)
     z = solution.value
     if torch.is_grad_enabled():
         failed = solution.nonfinite.unsqueeze(1)
         if specs.options.gradient == "implicit":
             again = autograd.rerun_autocast(rows, z.device.type)
-            attached = autograd.attach(specs.adjoint, report, again, z)
+            adjoint = replace(specs.adjoint, parts=packing.parts)
+            attached = autograd.attach(adjoint, report, again, z)
         else:
             attached = autograd.one_step(rows, z)
         z = torch.where(failed, z, attached)

@@ -7,7 +7,7 @@ engine that was chosen for each device, dtype and shape class.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
 from ..solvers.loop import solve
+from .trend import Traced
 
 Report = Callable[[Solution], None]
 
@@ -39,6 +40,7 @@ class SolveSpec:
     arguments: tuple[Any, ...]  # the options for an operator
     backend: str
     bitwise_symmetric: bool
+    parts: Sequence[int] | None = None  # sizes of the parts of a row, each to meet the tolerance
     _engines: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def engine(self, rows: Tensor, *others: Tensor | None) -> str:
@@ -108,28 +110,33 @@ class SolveSpec:
         """The outputs of an operator as a :class:`fastdeq.Solution`."""
         value, status, iterations, residual, rejects, *_ = outputs
         counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
-        return Solution(value.detach(), status, iterations, residual, counters, contraction)
+        found = (value.detach(), status, iterations, residual, counters, contraction)
+        return Solution(*found, solver=self.solver)
 
     def iterate(
         self,
         f: Callable[[Tensor], Tensor],
         start: Tensor,
         value: Any,
-        parts: Sequence[int] | None = None,
     ) -> Solution:
         """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known."""
-        return solve(
+        traced = None
+        if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
+            traced = Traced(self.solver, self.options.max_iter)
+        solution = solve(
             f,
             start,
-            self.solver,
+            traced or self.solver,  # type: ignore[arg-type]
             tol=self.options.tol,
             max_iter=self.options.max_iter,
             atol=self.options.atol,
             patience=self.options.patience,
-            parts=parts,
+            parts=self.parts,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=value,
         )
+        trend = traced and traced.trend
+        return replace(solution, solver=self.solver, trend=trend)
 
 
 class Specs:
@@ -142,19 +149,22 @@ class Specs:
     def __init__(self, options: Options, structure: Structure):
         self.options, self.structure = options, structure
         solver = resolve(options.solver, structure, options.tol, adjoint=False)
-        self.forward = self._spec("solve", solver, options.tol, options.max_iter)
+        limits = {"tol": options.tol, "atol": options.atol, "max_iter": options.max_iter}
+        self.forward = self._spec("solve", solver, limits)
         self._adjoint: SolveSpec | None = None
 
     @property
     def adjoint(self) -> SolveSpec:
         if self._adjoint is None:
-            tol, max_iter = self.options.adjoint_limits()
-            solver = resolve(self.options.adjoint, self.structure, tol, adjoint=True)
-            self._adjoint = self._spec("adjoint solve", solver, tol, max_iter)
+            limits = self.options.adjoint_limits()
+            solver = resolve(self.options.adjoint, self.structure, limits["tol"], adjoint=True)
+            self._adjoint = self._spec("adjoint solve", solver, limits)
         return self._adjoint
 
-    def _spec(self, what: str, solver: Solver, tol: float, max_iter: int) -> SolveSpec:
-        precision = self.options.precision
-        how = SolveOptions.of(solver, tol=tol, max_iter=max_iter, precision=precision)
+    def _spec(self, what: str, solver: Solver, limits: dict[str, Any]) -> SolveSpec:
+        options = self.options
+        how = SolveOptions.of(
+            solver, patience=options.patience, precision=options.precision, **limits
+        )
         symmetric = self.structure.bitwise_symmetric
-        return SolveSpec(what, solver, how, how.arguments, self.options.backend, symmetric)
+        return SolveSpec(what, solver, how, how.arguments, options.backend, symmetric)

@@ -102,6 +102,8 @@ class GMRES(CheckedOptions):
         # and |b| in the first cycle, which starts from zero.
         size = state.start.norm(dim=1)
         goal = state.atol + state.tol * torch.where(size > 0, size, state.scale[:, 0]).double()
+        # Where that was met before and did not do, as for a small part of a state, on from there.
+        goal = torch.where(state.beta <= goal, 0.1 * state.beta, goal)
         estimate = state.beta / state.null.norm(dim=1)
         full = state.step >= self.restart
         state.updates_left -= 1

@@ -90,7 +90,7 @@ class SolveOptions:
 def scaled_patience(patience: int, max_iter: int) -> int:
     """A solver's patience for a solve with this limit: who allows more updates is in less of a
     hurry."""
-    return max(patience, patience * max_iter // PATIENCE_LIMIT)
+    return max(patience, min(patience * max_iter // PATIENCE_LIMIT, 2**31 - 2))
 
 
 #: Names of the fields, in their order.

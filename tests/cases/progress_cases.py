@@ -9,7 +9,7 @@ from engine_cases import Adjoint, Call, Forward, Outputs
 from torch import Tensor
 
 from fastdeq.solution import Status
-from fastdeq.solvers import Anderson, Picard, Solver
+from fastdeq.solvers import Anderson, HeavyBall, Picard, Solver
 
 Solve = Callable[[Forward | Adjoint, Call], Outputs]
 
@@ -60,6 +60,8 @@ def check_absolute_tolerance(solve: Solve, solver: Solver, *, adjoint: bool = Fa
     are known. An adjoint's rows are scaled to ``|D g| = 1``."""
     size, dtype = 6, torch.float32
     w, rows = rotation(size, 0.7, dtype), torch.randn(3, size, dtype=dtype)
+    if isinstance(solver, HeavyBall):
+        w = (w + w.t()) / 2
     rows = rows * torch.tensor([[1.0], [30.0], [0.05]])
     case = Adjoint(w, torch.ones_like(rows), rows) if adjoint else Forward(w, rows, "identity")
     scale = norms(rows) if adjoint else torch.ones(3, dtype=torch.float64)
@@ -69,15 +71,17 @@ def check_absolute_tolerance(solve: Solve, solver: Solver, *, adjoint: bool = Fa
         assert outputs.status.tolist() == [Status.CONVERGED] * 3
         z, b = torch.zeros_like(rows, dtype=torch.float64), rows.double() / scale[:, None]
         count = torch.full((3,), -1)
+        unsure = count >= 0  # rounding decides
         for k in range(61):
             value = z @ matrix + b
             limit = atol + tol * (norms(value) + 1e-9)
-            near = (norms(value - z) / limit - 1).abs() < 1e-3  # rounding decides
-            assert not (near & (count < 0)).any()
+            near = (norms(value - z) / limit - 1).abs() < 1e-3
+            unsure = unsure | (near & (count < 0))
             count = torch.where((count < 0) & (norms(value - z) <= limit), k, count)
             z = value
         if isinstance(solver, Picard):
-            assert outputs.iterations.tolist() == count.tolist()
+            assert (unsure | (outputs.iterations == count)).all()
+            assert unsure.sum() <= 1
         value = outputs.value.double() / scale[:, None]
         image = value @ matrix + b
         assert (norms(image - value) <= 1.001 * (atol + tol * norms(image)) + 1e-6).all()

@@ -1,5 +1,8 @@
 """What does not exist or does not fit raises, and says what does."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from layer_cases import Residual, affine
@@ -10,6 +13,7 @@ from fastdeq import (
     Anderson,
     BackendError,
     DEQLayer,
+    Energy,
     Orthogonal,
     Picard,
     fixed_point,
@@ -43,6 +47,28 @@ from fastdeq.backends import extension
         ({"max_iter": 0}, ValueError, "max_iter must be"),
         ({"max_iter": 2.5}, ValueError, "max_iter must be"),
         ({"adjoint_max_iter": 0}, ValueError, "adjoint_max_iter must be"),
+        ({"max_iter": 2**63}, ValueError, "from 1 to 2147483646, such as 100, got 9223372"),
+        ({"max_iter": 2**31 - 1}, ValueError, "integer from 1 to 2147483646"),
+        ({"max_iter": -(2**40)}, ValueError, "integer from 1 to 2147483646"),
+        ({"max_iter": np.uint64(2**63)}, ValueError, "integer from 1 to 2147483646"),
+        ({"max_iter": 100.0}, ValueError, r"an integer .* got 100\.0"),
+        ({"max_iter": np.float32(7)}, ValueError, "an integer"),
+        ({"max_iter": True}, ValueError, "an integer .* got True"),
+        ({"max_iter": None}, ValueError, "an integer .* got None"),
+        ({"adjoint_max_iter": 2**31}, ValueError, "adjoint_max_iter .* 1 to 2147483646"),
+        ({"adjoint_max_iter": False}, ValueError, "adjoint_max_iter must be an integer"),
+        ({"tol": None}, ValueError, "tol must be a finite number"),
+        ({"tol": True}, ValueError, "tol must be a finite number"),
+        ({"tol": 10**400}, ValueError, "tol must be a finite number"),
+        ({"tol": np.float32("nan")}, ValueError, "tol must be a finite number"),
+        ({"adjoint_tol": float("nan")}, ValueError, "adjoint_tol must be a finite number"),
+        ({"adjoint_tol": float("inf")}, ValueError, "adjoint_tol must be a finite number"),
+        ({"solver": "neumann"}, ValueError, "adjoint='neumann'.*'picard', 'anderson'"),
+        ({"solver": "minres"}, ValueError, "adjoint='minres'"),
+        ({"solver": GMRES(restart=7)}, ValueError, r"adjoint=GMRES\(restart=7\)"),
+        ({"adjoint": "energy"}, ValueError, "solver='energy'.*'neumann', 'gmres'"),
+        ({"adjoint": Energy()}, ValueError, r"solver=Energy\("),
+        ({"adjoint": Energy}, TypeError, "solver object"),
     ],
     ids=str,
 )
@@ -51,6 +77,26 @@ def test_options_that_do_not_exist(options, error, message):
         DEQLayer(affine(), **options)
     with pytest.raises(error, match=message):
         fixed_point(torch.cos, torch.zeros(1, 1), **options)
+
+
+@pytest.mark.parametrize("integer", [np.int8(7), np.int64(7), np.uint16(7), 7])
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2), 0.5])
+def test_numbers_of_other_libraries_are_taken(integer, number):
+    options = {"max_iter": integer, "adjoint_max_iter": integer, "tol": number}
+    layer = DEQLayer(affine(), adjoint_tol=number, **options)
+    assert (layer.options.max_iter, layer.options.tol) == (7, 0.5)
+    assert layer.options.adjoint_limits() == (0.5, 7)
+    kept = [getattr(layer.options, name) for name in (*options, "adjoint_tol")]
+    assert [type(value) for value in kept] == [int, int, float, float]
+    layer(torch.randn(2, 6)).sum().backward()
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_the_largest_limit_can_be_had(make_layer, solver):
+    layer = make_layer(solver=solver, max_iter=2**31 - 2)
+    layer(torch.randn(3, 6)).sum().backward()
+    assert layer.last_solution.converged.all()
+    assert layer.last_adjoint_solution.converged.all()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +168,44 @@ def test_start_that_does_not_fit():
         fixed_point(torch.cos, torch.tensor(0.0))
     with pytest.raises(ValueError, match="differ in batch size"):
         fixed_point(lambda z: z, (torch.zeros(2, 2), torch.zeros(3, 2)))
+
+
+class Keyed(torch.nn.Module):
+    def forward(self, z, x, *, key=None):
+        return 0.5 * z + x
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [affine(), Residual(), Keyed(), lambda z, x: 0.5 * z + x],
+    ids=["affine", "module", "keyword", "function"],
+)
+def test_a_start_given_by_position(cell):
+    x = torch.zeros(3, 6)
+    with pytest.raises(TypeError, match=r"does not fit .*given by keyword: layer\(x, z0") as caught:
+        DEQLayer(cell)(x, x)
+    assert "argument" in str(caught.value.__cause__)
+
+
+def test_a_cell_that_takes_other_arguments():
+    x = torch.zeros(3, 6)
+    with pytest.raises(TypeError, match=r"calls <lambda>\(z, x\), which does not fit") as caught:
+        DEQLayer(lambda z: 0.5 * z)(x)
+    assert "z0" not in str(caught.value)
+    with pytest.raises(TypeError, match=r"<lambda>\(z, x, context\[0\], context\[1\]\)") as caught:
+        DEQLayer(lambda z, x, a: 0.5 * z)(x, x, x)
+    assert "z0" not in str(caught.value)
+
+
+def test_a_type_error_within_the_cell_stays_as_it_is():
+    def cell(z, x, word):
+        return z + word
+
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        DEQLayer(cell)(torch.zeros(3, 6), "word")
+    assert caught.value.__cause__ is None
+    with pytest.raises(TypeError, match=r"add\(\)"):  # no signature to compare with
+        DEQLayer(torch.add)(torch.zeros(3, 6), 1, 2)
 
 
 class WrongShape(torch.nn.Module):

@@ -1,4 +1,5 @@
-"""The examples of the README and of the page on diagnostics run as printed."""
+"""The examples of the README and of the page on diagnostics run as printed, and one whose number is
+quoted."""
 
 import re
 import subprocess
@@ -36,3 +37,14 @@ def test_readme_example_runs_as_printed(tmp_path):
     forward, backward = run(example, tmp_path).splitlines()
     for line in (forward, backward):
         assert line.startswith("Solution(32 samples: 32 CONVERGED; iterations ")
+
+
+def test_the_error_that_a_residual_stands_for(tmp_path):
+    (example,) = [e for e in examples("docs/usage.md") if "0.99 * z" in e]
+    printed = "print(float(z), float(solution.residual), solution.converged.all().item())"
+    value, residual, converged = run(
+        f"import fastdeq, torch\n{example}\n{printed}", tmp_path
+    ).split()
+    assert converged == "True"
+    assert 0.9e-4 < float(residual) <= 1e-4
+    assert 0.9 < 100 - float(value) < 1.01  # an error of 1e-2

@@ -87,7 +87,7 @@ def test_refilling_takes_plain_steps_until_the_history_is_full():
     solver = Anderson(window=3)
     with torch.no_grad():
         solution = fixed_point(
-            f, torch.zeros(1, 8, dtype=torch.float64), solver=solver, tol=1e-9, max_iter=100
+            f, torch.zeros(1, 8, dtype=torch.float64), solver=solver, tol=1e-9, max_iter=400
         )[1]
     assert solution.rejects["safeguard"].tolist() == [1]
     assert torch.equal(points[6], values[4])  # taken back
