@@ -19,17 +19,19 @@ int64_t now() {
 
 void set_signal_check(SignalCheck check) { signal_check.store(check); }
 
-Interrupt::Interrupt() : due_(now() + kInterval) {}
-
 void Interrupt::look() noexcept {
-  if (error_ || now() < due_) return;
+  if (error_) return;
+  const int64_t time = now();
+  if (due_ != 0 && time < due_) return;
+  const bool is_first = due_ == 0;
+  due_ = time + kInterval;
+  if (is_first) return;
   try {
     if (const SignalCheck check = signal_check.load()) check();
   } catch (...) {
     error_ = std::current_exception();
     requested_.store(true, std::memory_order_relaxed);
   }
-  due_ = now() + kInterval;
 }
 
 }  // namespace fastdeq

@@ -20,8 +20,6 @@ void set_signal_check(SignalCheck check);
 // Of one solve. Only the thread that called it looks.
 class Interrupt {
  public:
-  Interrupt();
-
   // Checks for signals if that is due, which reads a clock; never throws.
   void look() noexcept;
   // Whether a handler has raised: the workers are to stop.
@@ -32,7 +30,7 @@ class Interrupt {
   }
 
  private:
-  int64_t due_;
+  int64_t due_ = 0;  // when the next check is; 0: nobody has looked yet
   std::atomic<bool> requested_{false};
   std::exception_ptr error_;
 };

@@ -33,13 +33,18 @@ namespace {
 constexpr int64_t kMostSlots = 36;
 constexpr int64_t kScratchBytes = int64_t(1) << 28;
 
-// A thread is woken for no less than this, in multiply-adds of an assumed number of iterations.
-constexpr double kWorkPerThread = 5e5;
+// A thread is used for no less than this, in multiply-adds of an assumed number of iterations, of
+// which an iteration costs some beside its product: 30 to 60 us. One that sleeps wakes in 40.
+constexpr double kWorkPerThread = 4e6;
 constexpr double kAssumedIterations = 16;
+constexpr double kWorkBesideEntry = 64;
 
 // Fewer samples than threads share the panels of each product, if it has so many multiply-adds: a
 // thread's part must take longer than waking and awaiting it.
 constexpr int64_t kSharedProduct = int64_t(1) << 19;
+
+// Up to this size a worker packs W for itself; see docs/how-it-works.md for the measurements.
+constexpr int64_t kOwnCopySize = 256;
 
 // Where low-precision products win; see docs/how-it-works.md for the measurements.
 constexpr int64_t kLowPrecisionSize = 48;
@@ -66,8 +71,7 @@ bool is_packed(const at::Tensor& t, const PackedHeader& needed) {
 
 void share_product(Sharing* sharing, int64_t count, void* context,
                    void (*body)(void*, int64_t, int64_t)) {
-  parallel_for(count, 1, *sharing,
-               [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  parallel_for(count, 1, *sharing, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 // Solves the call. Uses what the forward solve has packed where that fits, and returns the buffer
@@ -86,16 +90,19 @@ at::Tensor run(SolveCall& call) {
 
   const EngineFor<T>& engine = engine_for<T>();
   const double product = double(task.size) * double(task.size) * double(task.batch);
-  const double work = product * kAssumedIterations;
+  const double beside = kWorkBesideEntry * double(task.size) * double(task.batch);
+  const double work = (product + beside) * kAssumedIterations;
   const int64_t threads = available_threads();
   const bool shared = task.batch < threads && product >= kSharedProduct;
   int64_t workers = shared ? 1
                            : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
                                                  std::min(threads, task.batch));
-  Sharing& sharing = sharing_of(shared ? Shared::kProduct : Shared::kSamples, work);
-  if (workers > 1 && !sharing.is_worthwhile()) workers = 1;
+  Sharing* const sharing = shared        ? &sharing_of(Shared::kProduct, work)
+                           : workers > 1 ? &sharing_of(Shared::kSamples, work)
+                                         : nullptr;
+  if (workers > 1 && !sharing->is_worthwhile()) workers = 1;
   task.parallel_for = shared ? &share_product : nullptr;
-  task.sharing = &sharing;
+  task.sharing = sharing;
   const int64_t each = (task.batch + workers - 1) / workers;
   task.slots = 1;
   const int64_t one = engine.scratch_bytes(task);
@@ -115,27 +122,41 @@ at::Tensor run(SolveCall& call) {
   const PackedHeader needed = packed_header(task, &engine);
   const bool fits = symmetric && call.packed.defined() && is_packed(call.packed, needed);
   const int64_t room = packed_bytes(task.size);
+  // What one thread writes the others have to fetch from its cache.
+  const bool own_copies = !symmetric && workers > 1 && task.size <= kOwnCopySize;
   std::optional<Workspace<1>> lent;
-  if (!symmetric) lent.emplace(room, bytes);
+  if (!symmetric) lent.emplace(own_copies ? workers * room : room, bytes);
   const at::Tensor packed = fits        ? call.packed
                             : symmetric ? at::empty({room}, bytes)  // outlives the call
                                         : lent->memory();
   auto* const at_packed = static_cast<std::byte*>(const_cast<void*>(packed.const_data_ptr()));
-  place_packed(task, at_packed, engine.padded(task.size));
+  const int64_t panels = engine.panels(task.size), padded = engine.padded(task.size);
+  place_packed(task, at_packed, padded);
   if (triangle && !fits) {
     *reinterpret_cast<PackedHeader*>(at_packed) = {};
-  } else if (!fits) {
-    // A panel of a few hundred inputs is worth a thread.
-    const int64_t grain =
-        workers > 1 || shared ? std::max<int64_t>(1, 1024 / task.size) : INT64_MAX;
-    parallel_for(engine.panels(task.size), grain, sharing_of(Shared::kPacking, product),
-                 [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+  } else if (!fits && !own_copies) {
+    if (workers > 1 || shared) {
+      // A panel of a few hundred inputs is worth a thread.
+      parallel_for(panels, std::max<int64_t>(1, 1024 / task.size),
+                   sharing_of(Shared::kPacking, product),
+                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+    } else {
+      engine.pack(task, 0, panels);
+    }
     *reinterpret_cast<PackedHeader*>(at_packed) = needed;
   }
   if (workers == 1) {
     engine.work(task, 0);
   } else {
-    run_workers(workers, sharing, interrupt, [&](int64_t worker) { engine.work(task, worker); });
+    run_workers(workers, *sharing, interrupt, [&](int64_t worker) {
+      if (next_sample.load(std::memory_order_relaxed) >= task.batch) return;  // it is late
+      SolveTask<T> own = task;
+      if (own_copies) {
+        place_packed(own, at_packed + worker * room, padded);
+        engine.pack(own, 0, panels);
+      }
+      engine.work(own, worker);
+    });
   }
   interrupt.rethrow();
   return packed;

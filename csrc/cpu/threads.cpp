@@ -1,6 +1,9 @@
 #include "cpu/threads.h"
 
 #include <ATen/Parallel.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -53,11 +56,22 @@ void await(const std::atomic<int64_t>& running, Interrupt& interrupt) {
   }
 }
 
+// OpenMP's threads do not survive a fork, and GCC's runtime waits for them all the same.
+std::atomic<bool> threads_are_lost{false};
+
+void note_region() {
+#if !defined(_WIN32)
+  [[maybe_unused]] static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { threads_are_lost.store(true); });
+#endif
+}
+
 }  // namespace
 
 int64_t available_threads() {
 #if defined(_OPENMP)
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads_are_lost.load(std::memory_order_relaxed) || at::in_parallel_region()) return 1;
+  return at::get_num_threads();
 #else
   return 1;  // at::parallel_for is serial here
 #endif
@@ -94,6 +108,7 @@ void run_workers(int64_t workers, Sharing& sharing, Interrupt& interrupt,
                  c10::function_ref<void(int64_t)> body) {
   std::atomic<int64_t> running{0}, helped{0};
   int64_t own_end = 0;
+  note_region();
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     if (begin == 0) {  // the caller
       for (int64_t worker = 0; worker < end; ++worker) body(worker);
@@ -117,6 +132,7 @@ void parallel_for(int64_t count, int64_t grain, Sharing& sharing,
     if (count > 0) body(0, count);
     return;
   }
+  note_region();
   const int64_t start = now();
   int64_t own_end = start, own = count;
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {

@@ -269,7 +269,7 @@ class Worker {
   int32_t* order_;  // the slots, those in use first
   int64_t active_ = 0;
   const bool looks_;
-  int64_t work_ = 0;  // since the last look
+  int64_t work_ = 0;   // since the last look
   const void** rows_;  // what the next product multiplies, and the slots it is for
   Slot<T>** chosen_;
   double* small_;
