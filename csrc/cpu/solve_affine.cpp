@@ -34,8 +34,10 @@ constexpr int64_t kMostSlots = 36;
 constexpr int64_t kScratchBytes = int64_t(1) << 28;
 
 // A thread is used for no less than this, in multiply-adds of an assumed number of iterations, of
-// which an iteration costs some beside its product: 30 to 60 us. One that sleeps wakes in 40.
-constexpr double kWorkPerThread = 4e6;
+// which an iteration costs some beside its product: 15 us. Where the threads of the last region are
+// still awake, less gains nothing (64 x 16: 28 us on one thread, 24 to 38 on two); a thread that
+// sleeps takes 40 us to wake, which threads.h finds out.
+constexpr double kWorkPerThread = 1.25e6;
 constexpr double kAssumedIterations = 16;
 constexpr double kWorkBesideEntry = 64;
 

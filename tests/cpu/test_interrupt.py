@@ -1,7 +1,6 @@
 """Ctrl-C ends a solve of the CPU engine, however long it is; the next solve is right."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -36,9 +35,7 @@ def run(*arguments):
     ("direction", "size", "batch"),
     [
         ("forward", 48, 100),
-        ("backward", 48, 100),
-        ("forward", 1100, 1),  # two threads share each product
-        ("backward", 1100, 1),
+        ("backward", 1100, 1),  # two threads share each product
         ("one left", 32, 64),  # all samples but one are done: that may be another thread's
     ],
 )
@@ -49,9 +46,8 @@ def test_a_signal_ends_a_solve(threads, direction, size, batch):
     assert recovered == "True"
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_handler_that_does_not_raise_may_solve_itself(threads):
-    outcome, calls, same = run("solve", threads, "forward", 48, 100)
+def test_a_handler_that_does_not_raise_may_solve_itself():
+    outcome, calls, same = run("solve", 2, "forward", 48, 100)
     assert outcome == "finished"
     assert int(calls) >= 1
     assert same == "True"
@@ -62,4 +58,3 @@ def test_another_thread_solves_on():
     assert (outcome, same) == ("finished", "True")
 
 
-assert signal.SIGINT
