@@ -56,5 +56,3 @@ def test_a_handler_that_does_not_raise_may_solve_itself():
 def test_another_thread_solves_on():
     outcome, _, same = run("thread", 1, "forward", 48, 100)
     assert (outcome, same) == ("finished", "True")
-
-
