@@ -33,12 +33,11 @@ def send_signal() -> float:
 def long_solve(direction: str, size: int, batch: int):
     """A function that solves for so many iterations in that direction, by a layer."""
     if direction == "one left":
-        # All rows but the last are solved by the first iterate; that one goes round in circles.
-        rows = torch.zeros(batch, size)
+        # All rows but the last are solved by the first iterate; that one is k after k steps.
+        rows = torch.zeros(batch, size, dtype=torch.float64)
         rows[-1] = 1
-        quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        weight = torch.block_diag(*[quarter_turn] * (size // 2))
-        call = Call(Picard(patience=LONG), 0.0, LONG)
+        weight = torch.eye(size, dtype=torch.float64)
+        call = Call(Picard(), 0.0, LONG)
         return lambda: Forward(weight, rows, "identity").engine(call)
     cell = AffineCell(8, size, scale=0.9)
     fixed = LONG if direction == "forward" else 5
