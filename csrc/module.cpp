@@ -5,10 +5,16 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include <atomic>
 #include <map>
 #include <string>
 
 #include "cpu/engine.h"
+#include "cpu/interrupt.h"
 #include "cuda/persistent_task.h"
 
 namespace {
@@ -65,10 +71,31 @@ std::string why_not_persistent(int64_t size, int64_t batch, int element_bytes, i
   return fastdeq::cuda::plan_persistent(problem, {multiprocessors, shared_bytes}).reason;
 }
 
+// The thread that Python handles signals on.
+std::atomic<unsigned long> main_thread{0};
+
+// Other threads need not wait for the interpreter's lock, which they may never get.
+void check_signals() {
+  if (PyThread_get_thread_ident() != main_thread.load() || !Py_IsInitialized()) return;
+  const pybind11::gil_scoped_acquire lock;
+  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+}
+
+void watch_signals() {
+  const auto threading = pybind11::module_::import("threading");
+  main_thread = threading.attr("main_thread")().attr("ident").cast<unsigned long>();
+#if !defined(_WIN32)
+  // As in Python, the thread that forks is the main thread of the child.
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
+#endif
+  fastdeq::set_signal_check(&check_signals);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of fastdeq.";
+  watch_signals();
   m.def("build_info", &build_info, "How the extension was built.");
   m.def("constants", &constants, "The numbers of fastdeq/constants.py, as compiled.");
   m.def("why_not_persistent", &why_not_persistent,

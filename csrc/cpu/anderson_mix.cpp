@@ -8,7 +8,6 @@
 // Gram matrix cancel. Specification: fastdeq/ops/anderson_mix.py.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "common/anderson.h"
+#include "cpu/threads.h"
 
 namespace fastdeq {
 namespace {
@@ -111,7 +111,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> anderson_mix(
 
     // A share of work below some 30 microseconds is not worth another thread.
     const int64_t grain = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, entries * n));
-    at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+    Sharing& sharing = sharing_of(Shared::kMixing, double(batch * entries * n));
+    parallel_for(batch, grain, sharing, [&](int64_t begin, int64_t end) {
       std::vector<double> work(small_solve_doubles(entries - 1)), gamma(entries);
       for (int64_t b = begin; b < end; ++b) {
         const scalar_t* fb = f_data + b * entries * n;

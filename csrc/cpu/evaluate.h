@@ -94,7 +94,7 @@ template <typename T>
 void evaluate_triangle(TriangleEvaluation<T> e) {
   const int64_t size = e.task.size, stride = stride_of<T>(size), parts = e.task.triangle_parts;
   if (parts > 1) {
-    e.task.parallel_for(parts, &e, &evaluate_triangle_parts<T>);
+    e.task.parallel_for(e.task.sharing, parts, &e, &evaluate_triangle_parts<T>);
   } else {
     evaluate_triangle_parts<T>(&e, 0, 1);
   }

@@ -2,11 +2,11 @@
 //
 // A worker is a thread that takes samples from a common queue and iterates them to their end;
 // between the packing of W and the last sample no thread waits for another. Only where there are
-// fewer samples than threads do these share each product. Memory is taken before the loop.
+// fewer samples than threads do these share each product. Memory is taken before the loop. Whether
+// threads are used at all, and what a signal does, is decided in threads.h and interrupt.h.
 // Specification: fastdeq/ops/solve_affine.py and solve_affine_adjoint.py.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,10 +15,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 
 #include "common/solve_call.h"
 #include "cpu/engine.h"
+#include "cpu/interrupt.h"
 #include "cpu/packed_weight.h"
+#include "cpu/threads.h"
+#include "cpu/workspace.h"
 
 namespace fastdeq {
 namespace {
@@ -29,13 +33,20 @@ namespace {
 constexpr int64_t kMostSlots = 36;
 constexpr int64_t kScratchBytes = int64_t(1) << 28;
 
-// A thread is woken for no less than this, in multiply-adds of an assumed number of iterations.
-constexpr double kWorkPerThread = 5e5;
+// A thread is used for no less than this, in multiply-adds of an assumed number of iterations, of
+// which an iteration costs some beside its product: 15 us. Where the threads of the last region are
+// still awake, less gains nothing (64 x 16: 28 us on one thread, 24 to 38 on two); a thread that
+// sleeps takes 40 us to wake, which threads.h finds out.
+constexpr double kWorkPerThread = 1.25e6;
 constexpr double kAssumedIterations = 16;
+constexpr double kWorkBesideEntry = 64;
 
 // Fewer samples than threads share the panels of each product, if it has so many multiply-adds: a
 // thread's part must take longer than waking and awaiting it.
 constexpr int64_t kSharedProduct = int64_t(1) << 19;
+
+// Up to this size a worker packs W for itself; see docs/how-it-works.md for the measurements.
+constexpr int64_t kOwnCopySize = 256;
 
 // Where low-precision products win; see docs/how-it-works.md for the measurements.
 constexpr int64_t kLowPrecisionSize = 48;
@@ -60,20 +71,9 @@ bool is_packed(const at::Tensor& t, const PackedHeader& needed) {
          *static_cast<const PackedHeader*>(t.const_data_ptr()) == needed;
 }
 
-// Memory of a calling thread that outlives the call: fresh pages cost more than a small solve. A
-// large one is not kept.
-constexpr int64_t kKeptBytes = int64_t(1) << 25;
-
-template <int kUse>
-at::Tensor workspace(int64_t bytes, const at::TensorOptions& options) {
-  thread_local at::Tensor kept;
-  if (bytes > kKeptBytes) return at::empty({bytes}, options);
-  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options);
-  return kept;
-}
-
-void parallel_for(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
-  at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+void share_product(Sharing* sharing, int64_t count, void* context,
+                   void (*body)(void*, int64_t, int64_t)) {
+  parallel_for(count, 1, *sharing, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 // Solves the call. Uses what the forward solve has packed where that fits, and returns the buffer
@@ -91,18 +91,20 @@ at::Tensor run(SolveCall& call) {
                        (precision == Precision::kMixed || task.size >= kLowPrecisionSize);
 
   const EngineFor<T>& engine = engine_for<T>();
-  const double work =
-      double(task.size) * double(task.size) * double(task.batch) * kAssumedIterations;
-#if defined(_OPENMP)
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-#else
-  const int64_t threads = 1;  // at::parallel_for is serial here
-#endif
-  const bool shared = task.batch < threads && task.size * task.size * task.batch >= kSharedProduct;
-  const int64_t workers = shared ? 1
-                                 : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
-                                                       std::min(threads, task.batch));
-  task.parallel_for = shared ? &parallel_for : nullptr;
+  const double product = double(task.size) * double(task.size) * double(task.batch);
+  const double beside = kWorkBesideEntry * double(task.size) * double(task.batch);
+  const double work = (product + beside) * kAssumedIterations;
+  const int64_t threads = available_threads();
+  const bool shared = task.batch < threads && product >= kSharedProduct;
+  int64_t workers = shared ? 1
+                           : std::clamp<int64_t>(int64_t(work / kWorkPerThread), 1,
+                                                 std::min(threads, task.batch));
+  Sharing* const sharing = shared        ? &sharing_of(Shared::kProduct, work)
+                           : workers > 1 ? &sharing_of(Shared::kSamples, work)
+                                         : nullptr;
+  if (workers > 1 && !sharing->is_worthwhile()) workers = 1;
+  task.parallel_for = shared ? &share_product : nullptr;
+  task.sharing = sharing;
   const int64_t each = (task.batch + workers - 1) / workers;
   task.slots = 1;
   const int64_t one = engine.scratch_bytes(task);
@@ -110,36 +112,55 @@ at::Tensor run(SolveCall& call) {
 
   if (triangle) task.triangle_parts = shared ? threads : 1;
   const auto bytes = call.weight.options().dtype(at::kByte);
-  const at::Tensor scratch = workspace<0>(workers * engine.scratch_bytes(task), bytes);
-  task.scratch = static_cast<std::byte*>(scratch.mutable_data_ptr());
+  const Workspace<0> scratch(workers * engine.scratch_bytes(task), bytes);
+  task.scratch = static_cast<std::byte*>(scratch.memory().mutable_data_ptr());
   std::atomic<int64_t> next_sample{0};
   task.next_sample = &next_sample;
+  Interrupt interrupt;
+  task.interrupted = &interrupt.requested();
+  task.look = [](void* context) { static_cast<Interrupt*>(context)->look(); };
+  task.look_context = &interrupt;
 
   const PackedHeader needed = packed_header(task, &engine);
   const bool fits = symmetric && call.packed.defined() && is_packed(call.packed, needed);
   const int64_t room = packed_bytes(task.size);
+  // What one thread writes the others have to fetch from its cache.
+  const bool own_copies = !symmetric && workers > 1 && task.size <= kOwnCopySize;
+  std::optional<Workspace<1>> lent;
+  if (!symmetric) lent.emplace(own_copies ? workers * room : room, bytes);
   const at::Tensor packed = fits        ? call.packed
                             : symmetric ? at::empty({room}, bytes)  // outlives the call
-                                        : workspace<1>(room, bytes);
+                                        : lent->memory();
   auto* const at_packed = static_cast<std::byte*>(const_cast<void*>(packed.const_data_ptr()));
-  place_packed(task, at_packed, engine.padded(task.size));
+  const int64_t panels = engine.panels(task.size), padded = engine.padded(task.size);
+  place_packed(task, at_packed, padded);
   if (triangle && !fits) {
     *reinterpret_cast<PackedHeader*>(at_packed) = {};
-  } else if (!fits) {
-    // A panel of a few hundred inputs is worth a thread.
-    const int64_t grain =
-        workers > 1 || shared ? std::max<int64_t>(1, 1024 / task.size) : INT64_MAX;
-    at::parallel_for(0, engine.panels(task.size), grain,
-                     [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+  } else if (!fits && !own_copies) {
+    if (workers > 1 || shared) {
+      // A panel of a few hundred inputs is worth a thread.
+      parallel_for(panels, std::max<int64_t>(1, 1024 / task.size),
+                   sharing_of(Shared::kPacking, product),
+                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
+    } else {
+      engine.pack(task, 0, panels);
+    }
     *reinterpret_cast<PackedHeader*>(at_packed) = needed;
   }
   if (workers == 1) {
     engine.work(task, 0);
-    return packed;
+  } else {
+    run_workers(workers, *sharing, interrupt, [&](int64_t worker) {
+      if (next_sample.load(std::memory_order_relaxed) >= task.batch) return;  // it is late
+      SolveTask<T> own = task;
+      if (own_copies) {
+        place_packed(own, at_packed + worker * room, padded);
+        engine.pack(own, 0, panels);
+      }
+      engine.work(own, worker);
+    });
   }
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) engine.work(task, worker);
-  });
+  interrupt.rethrow();
   return packed;
 }
 

@@ -16,8 +16,10 @@
 
 namespace fastdeq {
 
-// Calls body(context, begin, end) for parts of 0 <= i < count, on several threads.
-using ParallelFor = void (*)(int64_t count, void* context,
+class Sharing;  // threads.h
+
+// Calls body(context, begin, end) for parts of 0 <= i < count, on several threads where that pays.
+using ParallelFor = void (*)(Sharing* sharing, int64_t count, void* context,
                              void (*body)(void* context, int64_t begin, int64_t end));
 
 template <typename T>
@@ -56,6 +58,13 @@ struct SolveTask {
   std::byte* scratch = nullptr;    // scratch_bytes for each worker
   std::atomic<int64_t>* next_sample = nullptr;
   ParallelFor parallel_for = nullptr;  // set where one worker's products are shared among threads
+  Sharing* sharing = nullptr;
+
+  // The first worker, on the calling thread, calls look(look_context) now and then; all end where
+  // they are once `interrupted` is set. Null: a solve goes on to its end.
+  void (*look)(void* context) = nullptr;
+  void* look_context = nullptr;
+  const std::atomic<bool>* interrupted = nullptr;
 };
 
 // The engine of one instruction set. Nothing here allocates.

@@ -4,7 +4,6 @@
 // Specification: fastdeq/ops/symmetric_part.py.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
@@ -12,6 +11,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+
+#include "cpu/threads.h"
 
 namespace fastdeq {
 namespace {
@@ -53,7 +54,8 @@ at::Tensor symmetric_part(const at::Tensor& a) {
     auto* const to = out.mutable_data_ptr<scalar_t>();
     // Rows of blocks b and blocks - 1 - b together are as long as any other two.
     const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 15) / (kBlock * size));
-    at::parallel_for(0, (blocks + 1) / 2, grain, [&](int64_t begin, int64_t end) {
+    Sharing& sharing = sharing_of(Shared::kSymmetricPart, double(in.numel()));
+    parallel_for((blocks + 1) / 2, grain, sharing, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         for (int64_t j = b; j < blocks; ++j) block(from, to, size, b * kBlock, j * kBlock);
         const int64_t other = blocks - 1 - b;

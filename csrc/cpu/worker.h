@@ -15,12 +15,18 @@
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
 
+// Multiply-adds between two looks for an interrupt, about a tenth of a millisecond; and what a
+// sample's iteration costs beside its product.
+constexpr int64_t kWorkPerLook = int64_t(1) << 22;
+constexpr int64_t kWorkBeside = 1024;
+
 template <typename T>
 class Worker {
  public:
-  Worker(const SolveTask<T>& task, std::byte* scratch)
+  Worker(const SolveTask<T>& task, std::byte* scratch, bool looks)
       : task_(task),
         options_(task.options),
+        looks_(looks),
         full_epilogue_(epilogue_for<T, false>(task)),
         low_epilogue_(task.low_precision ? epilogue_for<T, true>(task) : nullptr),
         symmetric_solver_(task) {
@@ -46,7 +52,7 @@ class Worker {
     for (;;) {
       while (active_ < task_.slots && load_next()) {
       }
-      if (active_ == 0) return;
+      if (active_ == 0 || is_interrupted()) return;
       const Products products = most_requested();
       const int64_t count = partition(products);
       evaluate(count, products);
@@ -58,6 +64,17 @@ class Worker {
 
  private:
   Slot<T>& slot(int64_t i) { return slots_[order_[i]]; }
+
+  bool is_interrupted() {
+    if (looks_) {
+      work_ += active_ * (task_.size * task_.size + kWorkBeside);
+      if (work_ >= kWorkPerLook) {
+        work_ = 0;
+        task_.look(task_.look_context);
+      }
+    }
+    return task_.interrupted != nullptr && task_.interrupted->load(std::memory_order_relaxed);
+  }
 
   void remove(int64_t i) {
     --active_;
@@ -132,7 +149,7 @@ class Worker {
     Evaluation<T> evaluation{task_, chosen_, rows_, count, products, epilogue};
     const int64_t all = panels<T>(task_.size);
     if (task_.parallel_for != nullptr) {
-      task_.parallel_for(all, &evaluation, &evaluate_panels<T>);
+      task_.parallel_for(task_.sharing, all, &evaluation, &evaluate_panels<T>);
     } else {
       evaluate_panels<T>(&evaluation, 0, all);
     }
@@ -256,6 +273,8 @@ class Worker {
   Slot<T>* slots_;
   int32_t* order_;  // the slots, those in use first
   int64_t active_ = 0;
+  const bool looks_;
+  int64_t work_ = 0;   // since the last look
   const void** rows_;  // what the next product multiplies, and the slots it is for
   Slot<T>** chosen_;
   double* small_;
@@ -264,7 +283,8 @@ class Worker {
 
 template <typename T>
 void work(const SolveTask<T>& task, int64_t worker) {
-  Worker<T>(task, task.scratch + worker * scratch_bytes(task)).run();
+  const bool looks = worker == 0 && task.look != nullptr;
+  Worker<T>(task, task.scratch + worker * scratch_bytes(task), looks).run();
 }
 
 template <typename T>

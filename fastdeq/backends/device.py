@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,21 +16,27 @@ class Gpu(NamedTuple):
     shared_memory: int  # bytes that a block can have
 
 
-#: By capability, for devices that are not at hand: A100, H100.
+#: By capability, for devices that are not at hand: A100, H100. Source: CUDA C++ Programming Guide.
 KNOWN_GPUS = {(8, 0): Gpu((8, 0), 108, 163 * 1024), (9, 0): Gpu((9, 0), 132, 227 * 1024)}
 
-# Shared memory that a block can have, in KiB; where a capability is missing, the least of any.
-# Source: CUDA C++ Programming Guide, technical specifications per compute capability.
-_SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
-_LEAST_SHARED_MEMORY = 99
+
+def gpu_from(properties: Any) -> Gpu:
+    """What the driver says of a device, from ``torch.cuda.get_device_properties``.
+
+    A block can have more shared memory than it gets without asking; where that limit is not among
+    the properties, as with HIP, the smaller one counts.
+    """
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    return Gpu(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        shared or properties.shared_memory_per_block,
+    )
 
 
 @functools.cache
 def _gpu(index: int) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
-    capability = (found.major, found.minor)
-    shared = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY) * 1024
-    return Gpu(capability, found.multi_processor_count, shared)
+    return gpu_from(torch.cuda.get_device_properties(index))
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
