@@ -36,7 +36,8 @@ from ..anderson_mix import MAX_CAPACITY, tile_shape
 from ..anderson_weights import mixing_weights, older_entries
 from ..launch import limits, on_device, window_of
 from . import sample, schedule
-from .judge import RUNNING, assess, end, is_finite, only, replace, settle
+from .anderson_rows import mix_rows, write_residual
+from .judge import RUNNING, assess, end, is_finite, settle
 from .momentum import target_of
 from .sample import Samples, Steps
 
@@ -44,17 +45,6 @@ SLOTS = 2  # of points
 # Registers of a thread, by warps. Left to itself ptxas spills a few to fit one more program.
 REGISTERS = {4: 168, 8: 168, 16: 128}
 _SLOTS = tl.constexpr(SLOTS)
-
-
-@triton.jit
-def write_residual(point_row, value_row, g_row, size, BLOCK: tl.constexpr):
-    """g of the newest entry, where the step kernel did not write it."""
-    for start in range(0, size, BLOCK):
-        entry = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = entry < size
-        value = tl.load(value_row + entry, mask=inside, other=0.0)
-        point = tl.load(point_row + entry, mask=inside, other=0.0)
-        tl.store(g_row + entry, value - point, mask=inside)
 
 
 @triton.jit(do_not_specialize=["k", "max_iter", "patience"])
@@ -208,38 +198,26 @@ def anderson_kernel(
     else:
         tl.store(row.flags + sample.ACCELERATED, (accelerated & (back == 0)).to(tl.int32))
 
-    best_row = points + seen.best_at.to(tl.int64) * slot_stride + i * size
-    next_point = target_of(points + i * size, slot_stride, k, save)
-    change_row = change + i * size
-    before_row = f_rows + tl.where(newest > 0, newest - 1, capacity - 1) * size
-    weight = gamma.to(tl.float32)[:, None]
-    used = weight != 0
-    damps = (back | to_best) == 0
-    older_f = (f_rows + older * size)[:, None]
-    older_g = (g_rows + older * size)[:, None]
-    for start in range(0, size, BLOCK):
-        entry = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = entry < size
-        f_new = tl.load(value_row + entry, mask=only(inside, damps), other=0.0)
-        trusted = tl.load(before_row + entry, mask=only(inside, back), other=0.0)
-        following = tl.where(back, trusted, f_new)
-        reads_point = low | damps if DAMPED else low
-        point = tl.load(point_row + entry, mask=only(inside, reads_point), other=0.0)
-        old_mask = used & inside[None, :]
-        f_old = tl.load(older_f + entry[None, :], mask=old_mask, other=0.0)
-        difference = f_new[None, :] - f_old
-        if DAMPED:
-            g_new = tl.where(damps, f_new - point, 0.0)
-            g_old = tl.load(older_g + entry[None, :], mask=old_mask, other=0.0)
-            difference -= undamped * (g_new[None, :] - g_old)
-            following -= undamped * g_new
-        following -= tl.sum(tl.where(used, weight * difference, 0.0), axis=0)
-        if SCHEDULE:
-            best_entry = tl.load(best_row + entry, mask=only(inside, to_best), other=0.0)
-            following = tl.where(to_best, best_entry, following)
-            rounded = (following - point).to(tl.bfloat16)
-            tl.store(change_row + entry, rounded, mask=only(inside, low))
-        replace(next_point, entry, inside, following)
+    mix_rows(
+        f_rows=f_rows,
+        g_rows=g_rows,
+        newest=newest,
+        before=tl.where(newest > 0, newest - 1, capacity - 1),
+        older=older,
+        point_row=point_row,
+        best_row=points + seen.best_at.to(tl.int64) * slot_stride + i * size,
+        next_point=target_of(points + i * size, slot_stride, k, save),
+        change_row=change + i * size,
+        weight=gamma.to(tl.float32)[:, None],
+        back=back,
+        to_best=to_best,
+        low=low,
+        undamped=undamped,
+        size=size,
+        DAMPED=DAMPED,
+        SCHEDULE=SCHEDULE,
+        BLOCK=BLOCK,
+    )
 
 
 @dataclass(frozen=True)
