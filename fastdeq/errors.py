@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
@@ -35,3 +40,25 @@ def check_options(unknown: Mapping[str, object], valid: Iterable[str], owner: st
             f"{', '.join(map(repr, unknown))}; valid options: {', '.join(names)}."
             + _hint(first, names)
         )
+
+
+def lists_options(owner: str) -> Callable[[_Function], _Function]:
+    """Decorates a function with keyword-only options: an unknown one raises as ``check_options``
+    does. Type checkers, ``help`` and ``inspect.signature`` see the function itself."""
+
+    def decorate(function: _Function) -> _Function:
+        parameters = inspect.signature(function).parameters.values()
+        valid = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        positional = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        known = valid | positional
+
+        @functools.wraps(function)
+        def checked(*args: Any, **options: Any) -> Any:
+            if not options.keys() <= known:
+                unknown = {name: v for name, v in options.items() if name not in known}
+                check_options(unknown, valid, owner)
+            return function(*args, **options)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate

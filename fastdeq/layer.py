@@ -117,7 +117,7 @@ class DEQLayer(nn.Module):
                 "the number of iterations."
             )
         if self._fused(context):
-            self.cell.check_input(x)
+            x = self.cell.check_input(x)
             x, bad = _without_nonfinite(x)
             z, solution = self._solve_affine(x, z0)
         else:
@@ -141,7 +141,7 @@ class DEQLayer(nn.Module):
 
     def _solve_affine(self, x: Tensor, z0: Tensor | None) -> tuple[Tensor, Solution]:
         cell: AffineCell = self.cell
-        injection = cell.injection(x)  # x is checked, and nothing is overridden
+        injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
         return solve_affine(
             cell.recurrent_weight(),
@@ -215,7 +215,7 @@ def _may_look(x: Tensor) -> bool:
 
 def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x with non-finite samples zeroed, and which they are; None where x cannot have any."""
-    if not x.is_floating_point() or x.dim() == 0:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         return x, None
     if _may_look(x) and math.isfinite(x.detach().sum().item()):
         return x, None  # a sum is finite only where every entry is
