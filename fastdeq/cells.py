@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS, Activation, ActivationName
 from .errors import check_choice, lists_options
 from .solvers import Structure
-from .weights import WeightName, is_modified, make_weight, stated
+from .weights import Statement, WeightName, is_modified, make_weight, stated
 
 _ALMOST_SYMMETRIC = 1e-2  # what rounding to bfloat16 may do
 _PARTS = ("forward", "phi", "inject", "injection_of", "recurrent_weight", "initial_state")
-_MONOTONE = frozenset({"monotone"})
 
 
 class AffineCell(nn.Module):
@@ -63,6 +62,7 @@ class AffineCell(nn.Module):
         self.injection: nn.Module = nn.Linear(
             in_features, features, bias=bias, device=device, dtype=dtype
         )
+        self._known_structure: tuple[Statement, str, Structure] | None = None
         self._looked_at: tuple[nn.Module, ...] = ()  # the weight whose tags were compared with W
 
     @property
@@ -131,7 +131,7 @@ class AffineCell(nn.Module):
 
     def _has_linear_injection(self) -> bool:
         """Whether x has to be what an ``nn.Linear`` into this cell takes."""
-        injection = self.injection
+        injection = self._modules["injection"]
         return (
             type(injection) is nn.Linear
             and injection.out_features == self.features
@@ -150,6 +150,8 @@ class AffineCell(nn.Module):
         own = self.__dict__
         if "forward" in own or "inject" in own or "recurrent_weight" in own:
             return False
+        if "injection_of" in own or "initial_state" in own:
+            return False
         kind = type(self)
         return kind is AffineCell or all(getattr(kind, p) is getattr(AffineCell, p) for p in _PARTS)
 
@@ -162,16 +164,13 @@ class AffineCell(nn.Module):
 
     def structure(self) -> Structure:
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
-        tags, norm_bound, bitwise_symmetric = stated(self.weight)
-        phi = ACTIVATIONS[self.activation]
-        if phi.monotone:
-            tags = tags | _MONOTONE
-        return Structure(
-            None if norm_bound is None else norm_bound * phi.lipschitz,
-            tags,
-            affine=True,
-            bitwise_symmetric=bitwise_symmetric,
-        )
+        statement = stated(self.weight)
+        known = self._known_structure
+        if known is None or known[0] != statement or known[1] != self.activation:
+            known = statement, self.activation, _structure(statement, self.phi)
+            if not torch.compiler.is_compiling():
+                self._known_structure = known
+        return known[2]
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step ``f(z, x)``, ``(B, features)``."""
@@ -182,7 +181,21 @@ class AffineCell(nn.Module):
         ``inject``. Another module is asked to judge its own input: x is returned as it is."""
         if not self._has_linear_injection():
             return x
-        injection = self.injection
+        injection: Any = self._modules["injection"]
+        u = injection._parameters.get("weight")
+        if (
+            type(x) is Tensor
+            and u is not None
+            and x.dtype == u.dtype
+            and x.device == u.device
+            and x.dim() == 2
+            and x.shape[1] == injection.in_features
+        ):
+            return x
+        return self._checked_input(x, injection)
+
+    @staticmethod
+    def _checked_input(x: Tensor, injection: Any) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"x must be a tensor (B, {injection.in_features}), not {type(x).__name__}."
@@ -194,7 +207,7 @@ class AffineCell(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; floating point is needed, e.g. x.float().")
-        parameter: Any = injection.weight
+        parameter = injection.weight
         if x.device != parameter.device:
             raise ValueError(
                 f"x is on {x.device} and the cell on {parameter.device}; move one of them."
@@ -246,6 +259,17 @@ class AffineCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.features}, activation={self.activation!r}"
+
+
+def _structure(statement: Statement, phi: Activation) -> Structure:
+    """What follows for ``z -> phi(W z + c)`` from what is certain of W."""
+    tags, norm_bound, bitwise_symmetric = statement
+    return Structure(
+        None if norm_bound is None else norm_bound * phi.lipschitz,
+        tags | {"monotone"} if phi.monotone else tags,
+        affine=True,
+        bitwise_symmetric=bitwise_symmetric,
+    )
 
 
 def plain_tensor(t: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Structured(Dense):
     """A weight that is parametrised, hence keeps its structure through training, or is only
     initialised with it."""
 
-    structure: str
+    structure: frozenset[str]  # the tags of a parametrised one
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Structured(Dense):
 
     @property
     def tags(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({self.structure}) if self.parametrized else frozenset()
+        return self.structure if self.parametrized else Dense.tags
 
     def compose(self, raw: Tensor) -> Tensor:
         """W from the unconstrained ``raw`` ``(d, d)``."""

@@ -36,7 +36,7 @@ class Orthogonal(Structured):
             ``scale > 0``.
     """
 
-    structure = "orthogonal"
+    structure = frozenset({"orthogonal"})
     stored_scale: Tensor
     raw_scale: nn.Parameter
 

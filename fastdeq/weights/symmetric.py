@@ -30,7 +30,7 @@ class Symmetric(Structured):
         ValueError: ``max_eigenvalue`` without ``parametrized``, or not positive and finite.
     """
 
-    structure = "symmetric"
+    structure = frozenset({"symmetric"})
 
     @lists_options("Symmetric")
     def __init__(
