@@ -85,8 +85,7 @@ class Orthogonal(Structured):
     def _stored(self) -> list[tuple[str, float]]:
         """The buffers that carry a number through a state_dict, with that number."""
         names = ("scale", "max_scale")
-        pairs = [(f"stored_{n}", getattr(self, n)) for n in names if f"stored_{n}" in self._buffers]
-        return pairs
+        return [(f"stored_{n}", getattr(self, n)) for n in names if f"stored_{n}" in self._buffers]
 
     def norm_bound(self) -> float | None:
         if not self.parametrized:
@@ -120,10 +119,11 @@ class Orthogonal(Structured):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compose(self, raw: Tensor) -> Tensor:
-        # A hook on the map, or its own forward, is to be run. Its copy of Q is saved otherwise.
         if is_modified(self.map) or type(self.map) is not OrthogonalMap:
-            return self.current_scale() * self.map(raw)
-        return self.current_scale() * self.map.orthogonal(raw)
+            q: Tensor = self.map(raw)  # a hook on the map, or another forward, is to be run
+        else:
+            q = self.map.orthogonal(raw)  # spares the map's own multiplication by 1
+        return self.current_scale() * q
 
     def extra_repr(self) -> str:
         learned = "" if self.max_scale is None else f", max_scale={self.max_scale}"

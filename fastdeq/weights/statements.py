@@ -79,9 +79,7 @@ def _of_family(weight: Any, family: type[Structured]) -> Statement:
         symmetric = family is Symmetric and weight.parametrized and "symmetric" in tags
         return Statement(tags, _checked_bound(weight), symmetric)
     inherits_tags = kind.tags is family.tags
-    inherits_bound = (
-        kind.norm_bound is family.norm_bound and "norm_bound" not in vars(weight)
-    )
+    inherits_bound = kind.norm_bound is family.norm_bound and "norm_bound" not in vars(weight)
     return Statement(
         frozenset() if inherits_tags else _checked_tags(weight),
         None if inherits_bound else _checked_bound(weight),
@@ -90,7 +88,7 @@ def _of_family(weight: Any, family: type[Structured]) -> Statement:
 
 def _computes_like(weight: nn.Module, family: _Family) -> bool:
     kind = type(weight)
-    for name, method in family.methods:  # noqa: SIM110, a generator takes twice the time
+    for name, method in family.methods:
         if getattr(kind, name) is not method:
             return False
     return type(weight._modules.get("map")) is family.map
@@ -116,6 +114,6 @@ def _checked_bound(weight: nn.Module) -> float | None:
     if not callable(method):
         raise TypeError(f"{name}.norm_bound must be a method that returns a number or None.")
     bound: Any = method()
-    if bound is not None and not (isinstance(bound, numbers.Real) and bound >= 0):
+    if bound is not None and not (isinstance(bound, numbers.Real) and float(bound) >= 0):
         raise ValueError(f"{name}.norm_bound() is {bound!r}; it must be a number >= 0, or None.")
     return None if bound is None else float(bound)
