@@ -32,9 +32,16 @@ class AffineCell(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
+    Attributes:
+        injection: the map U x + b, an ``nn.Linear``. Another module may take its place: it gets x
+            as it is, and returns c ``(B, features)`` in the dtype of W.
+
     Raises:
         ValueError, TypeError: unknown names or options, with the valid ones; sizes below 1.
     """
+
+    _known_structure: tuple[Statement, str, Structure] | None = None
+    _looked_at: tuple[nn.Module, ...] = ()  # the weight whose tags were compared with W
 
     @lists_options("AffineCell")
     def __init__(
@@ -62,8 +69,6 @@ class AffineCell(nn.Module):
         self.injection: nn.Module = nn.Linear(
             in_features, features, bias=bias, device=device, dtype=dtype
         )
-        self._known_structure: tuple[Statement, str, Structure] | None = None
-        self._looked_at: tuple[nn.Module, ...] = ()  # the weight whose tags were compared with W
 
     @property
     def phi(self) -> Activation:
@@ -120,14 +125,20 @@ class AffineCell(nn.Module):
             TypeError, ValueError: x of another shape, dtype or device than the cell's; where
                 ``injection`` was replaced, a c that does not suit W.
         """
-        return self.injection_of(self.check_input(x))
+        return self.injection_of(self.checked_input(x))
 
     def injection_of(self, x: Tensor) -> Tensor:
-        """``inject`` for an x that ``check_input`` has returned."""
+        """``inject`` for what ``checked_input`` returned."""
         c = self.injection(x)
         if not self._has_linear_injection():
             self._check_injection(c, x)
         return plain_tensor(c)
+
+    def checked_input(self, x: Tensor) -> Tensor:
+        """x as ``injection`` takes it, a plain tensor where that is an ``nn.Linear``, or an error
+        as of ``check_input``."""
+        self.check_input(x)
+        return x if type(x) is Tensor or not self._has_linear_injection() else plain_tensor(x)
 
     def _has_linear_injection(self) -> bool:
         """Whether x has to be what an ``nn.Linear`` into this cell takes."""
@@ -176,11 +187,11 @@ class AffineCell(nn.Module):
         """One step ``f(z, x)``, ``(B, features)``."""
         return self.phi.function(z @ self.recurrent_weight().t() + self.inject(x))
 
-    def check_input(self, x: Tensor) -> Tensor:
-        """x, as a plain tensor for an ``nn.Linear``; raises TypeError or ValueError unless it suits
-        ``inject``. Another module is asked to judge its own input: x is returned as it is."""
+    def check_input(self, x: Tensor) -> None:
+        """Raises TypeError or ValueError unless x suits ``inject``; another module than an
+        ``nn.Linear`` judges its own input."""
         if not self._has_linear_injection():
-            return x
+            return
         injection: Any = self._modules["injection"]
         u = injection._parameters.get("weight")
         if (
@@ -191,11 +202,7 @@ class AffineCell(nn.Module):
             and x.dim() == 2
             and x.shape[1] == injection.in_features
         ):
-            return x
-        return self._checked_input(x, injection)
-
-    @staticmethod
-    def _checked_input(x: Tensor, injection: Any) -> Tensor:
+            return
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"x must be a tensor (B, {injection.in_features}), not {type(x).__name__}."
@@ -217,7 +224,6 @@ class AffineCell(nn.Module):
                 f"x has dtype {x.dtype} and the cell {parameter.dtype}; convert one of them, e.g. "
                 f"x.to({parameter.dtype}) or cell.to({x.dtype}), or run under torch.autocast."
             )
-        return plain_tensor(x)
 
     def _check_injection(self, c: Any, x: Any) -> None:
         """Raises TypeError or ValueError unless c is an injection for the samples of x."""

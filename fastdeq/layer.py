@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cells import AffineCell
+from .cells import AffineCell, plain_tensor
 from .options import Options
 from .solution import Solution, Status, handle_failure
 from .solve.affine import solve_affine
@@ -117,8 +117,7 @@ class DEQLayer(nn.Module):
                 "the number of iterations."
             )
         if self._fused(context):
-            x = self.cell.check_input(x)
-            x, bad = _without_nonfinite(x)
+            x, bad = _without_nonfinite(self.cell.checked_input(x))
             z, solution = self._solve_affine(x, z0)
         else:
             start = self._start(x) if z0 is None else z0
@@ -221,7 +220,7 @@ def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor | None]:
         return x, None  # a sum is finite only where every entry is
     bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
     shape = (-1,) + (1,) * (x.dim() - 1)
-    return torch.where(bad.view(shape), 0.0, x), bad
+    return torch.where(bad.view(shape), 0.0, x), plain_tensor(bad)
 
 
 def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solution]:
