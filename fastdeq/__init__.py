@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
@@ -11,6 +13,19 @@ from .layer import DEQLayer
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
+
+if TYPE_CHECKING:
+    from . import diagnostics as diagnostics
+else:
+
+    def __getattr__(name):
+        """``fastdeq.diagnostics`` when it is first looked for: a solve does not need it."""
+        if name == "diagnostics":
+            import importlib
+
+            return importlib.import_module(".diagnostics", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from . import __version__
+from .activations import ActivationName
 from .backends.report import engines_for, gpu_asked_about, report
 from .cells import AffineCell
 from .options import Options, Precision
 from .solvers import SolveOptions, resolve
+from .weights import WeightName
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -50,8 +52,8 @@ def report_shape(
     dtype: torch.dtype = torch.float32,
     device: str = "cuda",
     capability: tuple[int, int] | None = None,
-    weight: str = "dense",
-    activation: str = "tanh",
+    weight: WeightName = "dense",
+    activation: ActivationName = "tanh",
     scale: float = 0.9,
     precision: Precision = "auto",
     **solvers: Any,

@@ -9,10 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ActivationName = Literal[
+    "identity",
+    "relu",
+    "leaky_relu",
+    "tanh",
+    "hardtanh",
+    "sigmoid",
+    "softplus",
+    "elu",
+    "gelu",
+    "silu",
+]
 
 
 @dataclass(frozen=True)

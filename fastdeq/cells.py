@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS, Activation
-from .errors import check_choice, check_options
+from .activations import ACTIVATIONS, Activation, ActivationName
+from .errors import check_choice, lists_options
 from .solvers import Structure
-from .weights import TAGS, WEIGHTS, Symmetric, make_weight
+from .weights import Statement, WeightName, is_modified, make_weight, stated
 
 _ALMOST_SYMMETRIC = 1e-2  # what rounding to bfloat16 may do
+_PARTS = ("forward", "phi", "inject", "injection_of", "recurrent_weight", "initial_state")
 
 
 class AffineCell(nn.Module):
@@ -24,31 +24,39 @@ class AffineCell(nn.Module):
         features: size d of the state, >= 1.
         activation: a name from ``fastdeq.ACTIVATIONS``.
         weight: "dense", "orthogonal", "symmetric", or a module whose ``forward()`` is W ``(d, d)``.
-        scale: spectral radius of W in the limit of large d, for the three named families.
+            What it states of W (tags, a norm bound) is believed while nothing that may change W is
+            attached to it: hooks, a patched method.
+        scale: spectral radius of W in the limit of large d, for the three named families; None: 0.9
+            for those, and nothing else beside a module.
         bias: whether b is learned.
         device: of the parameters.
         dtype: of the parameters.
+
+    Attributes:
+        injection: the map U x + b, an ``nn.Linear``. Another module may take its place: it gets x
+            as it is, and returns c ``(B, features)`` in the dtype of W.
 
     Raises:
         ValueError, TypeError: unknown names or options, with the valid ones; sizes below 1.
     """
 
+    _known_structure: tuple[Statement, str, Structure] | None = None
+    _looked_at: tuple[nn.Module, ...] = ()  # the weight whose tags were compared with W
+
+    @lists_options("AffineCell")
     def __init__(
         self,
         in_features: int,
         features: int,
         *,
-        activation: str = "tanh",
-        weight: str | nn.Module = "dense",
+        activation: ActivationName = "tanh",
+        weight: WeightName | nn.Module = "dense",
         scale: float | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **unknown: object,
     ):
         super().__init__()
-        valid = ("activation", "weight", "scale", "bias", "device", "dtype")
-        check_options(unknown, valid, "AffineCell")
         if in_features < 1 or features < 1:
             raise ValueError(
                 f"in_features and features must be >= 1, got {in_features} and {features}."
@@ -58,8 +66,9 @@ class AffineCell(nn.Module):
         self.features = features
         self.activation = activation
         self.weight = make_weight(weight, features, scale, device, dtype)
-        self.injection = nn.Linear(in_features, features, bias=bias, device=device, dtype=dtype)
-        self._checked_weight: int | None = None  # the id of the weight whose tags were looked at
+        self.injection: nn.Module = nn.Linear(
+            in_features, features, bias=bias, device=device, dtype=dtype
+        )
 
     @property
     def phi(self) -> Activation:
@@ -73,29 +82,32 @@ class AffineCell(nn.Module):
             ValueError: the weight module returns another shape, or is tagged "symmetric" and is
                 not (looked at once for each module).
         """
-        weight: Any = self.weight()
+        module = self.weight
+        weight: Any = module()
         if not isinstance(weight, Tensor):
             raise TypeError(
-                f"{type(self.weight).__name__} returned a {type(weight).__name__}; its forward() "
+                f"{type(module).__name__} returned a {type(weight).__name__}; its forward() "
                 f"must return W ({self.features}, {self.features})."
             )
         if weight.shape != (self.features, self.features):
             raise ValueError(
-                f"{type(self.weight).__name__} returned a weight of shape {tuple(weight.shape)}; "
+                f"{type(module).__name__} returned a weight of shape {tuple(weight.shape)}; "
                 f"AffineCell(features={self.features}) needs ({self.features}, {self.features})."
             )
-        if self._checked_weight != id(self.weight) and not torch.compiler.is_compiling():
-            self._check_tags(weight.detach())
-        checked: Tensor = weight
-        return checked
+        if not (self._looked_at and self._looked_at[0] is module):
+            self._check_tags(module, weight.detach())
+        return plain_tensor(weight)
 
-    def _check_tags(self, weight: Tensor) -> None:
-        own = type(self.weight) in WEIGHTS.values()
-        if not own and "symmetric" in self.structure().tags:
+    def _check_tags(self, module: nn.Module, weight: Tensor) -> None:
+        if torch.compiler.is_compiling() or weight.is_meta:
+            return
+        statement = stated(module)
+        if "symmetric" in statement.tags and not statement.bitwise_symmetric:
             if not weight.isfinite().all():
                 return  # not to be judged yet
             self._check_symmetry(weight)
-        self._checked_weight = id(self.weight)
+        if not is_modified(module):  # what it states will count when it is not
+            self._looked_at = (module,)
 
     def _check_symmetry(self, weight: Tensor) -> None:
         apart = float((weight - weight.t()).abs().amax() / weight.abs().amax().clamp(min=1e-30))
@@ -106,13 +118,36 @@ class AffineCell(nn.Module):
             )
 
     def inject(self, x: Tensor) -> Tensor:
-        """``c = U x + b``, ``(B, features)``, for x ``(B, in_features)``.
+        """``c = U x + b``, ``(B, features)``, for x ``(B, in_features)``; where ``injection`` was
+        replaced by another module, what that returns for any x with the batch first.
 
         Raises:
-            TypeError, ValueError: x of another shape, dtype or device than the cell's.
+            TypeError, ValueError: x of another shape, dtype or device than the cell's; where
+                ``injection`` was replaced, a c that does not suit W.
         """
+        return self.injection_of(self.checked_input(x))
+
+    def injection_of(self, x: Tensor) -> Tensor:
+        """``inject`` for what ``checked_input`` returned."""
+        c = self.injection(x)
+        if not self._has_linear_injection():
+            self._check_injection(c, x)
+        return plain_tensor(c)
+
+    def checked_input(self, x: Tensor) -> Tensor:
+        """x as ``injection`` takes it, a plain tensor where that is an ``nn.Linear``, or an error
+        as of ``check_input``."""
         self.check_input(x)
-        return self.injection(x)  # type: ignore[no-any-return]
+        return x if type(x) is Tensor or not self._has_linear_injection() else plain_tensor(x)
+
+    def _has_linear_injection(self) -> bool:
+        """Whether x has to be what an ``nn.Linear`` into this cell takes."""
+        injection = self._modules["injection"]
+        return (
+            type(injection) is nn.Linear
+            and injection.out_features == self.features
+            and not is_modified(injection)
+        )
 
     def is_plain(self) -> bool:
         """Whether this really is the affine map: nothing overridden, no hooks to be run."""
@@ -123,39 +158,63 @@ class AffineCell(nn.Module):
             or self._backward_pre_hooks
         ):
             return False
-        parts = ("forward", "phi", "inject", "recurrent_weight", "initial_state")
+        own = self.__dict__
+        if "forward" in own or "inject" in own or "recurrent_weight" in own:
+            return False
+        if "injection_of" in own or "initial_state" in own:
+            return False
         kind = type(self)
-        return kind is AffineCell or all(getattr(kind, p) is getattr(AffineCell, p) for p in parts)
+        return kind is AffineCell or all(getattr(kind, p) is getattr(AffineCell, p) for p in _PARTS)
 
     def initial_state(self, x: Tensor) -> Tensor:
         """The default start of a solve: zeros ``(B, features)``."""
-        return x.new_zeros(len(x), self.features)
+        if self._has_linear_injection():
+            return plain_tensor(x).new_zeros(len(x), self.features)
+        with torch.no_grad():
+            return torch.zeros_like(self.inject(x))
 
     def structure(self) -> Structure:
         """What is certain of the map: the weight's tags and a bound on its Lipschitz constant."""
-        tags, norm_bound = _stated(self.weight)
-        contraction = None if norm_bound is None else norm_bound * self.phi.lipschitz
-        bitwise_symmetric = type(self.weight) is Symmetric and "symmetric" in tags
-        if self.phi.monotone:
-            tags = tags | {"monotone"}
-        return Structure(contraction, tags, affine=True, bitwise_symmetric=bitwise_symmetric)
+        statement = stated(self.weight)
+        known = self._known_structure
+        if known is None or known[0] != statement or known[1] != self.activation:
+            known = statement, self.activation, _structure(statement, self.phi)
+            if not torch.compiler.is_compiling():
+                self._known_structure = known
+        return known[2]
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step ``f(z, x)``, ``(B, features)``."""
         return self.phi.function(z @ self.recurrent_weight().t() + self.inject(x))
 
     def check_input(self, x: Tensor) -> None:
-        """Raises TypeError or ValueError unless x suits ``inject``."""
+        """Raises TypeError or ValueError unless x suits ``inject``; another module than an
+        ``nn.Linear`` judges its own input."""
+        if not self._has_linear_injection():
+            return
+        injection: Any = self._modules["injection"]
+        u = injection._parameters.get("weight")
+        if (
+            type(x) is Tensor
+            and u is not None
+            and x.dtype == u.dtype
+            and x.device == u.device
+            and x.dim() == 2
+            and x.shape[1] == injection.in_features
+        ):
+            return
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor (B, {self.in_features}), not {type(x).__name__}.")
-        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise TypeError(
+                f"x must be a tensor (B, {injection.in_features}), not {type(x).__name__}."
+            )
+        if x.dim() != 2 or x.shape[1] != injection.in_features:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; AffineCell needs (B, {self.in_features}). "
+                f"x has shape {tuple(x.shape)}; AffineCell needs (B, {injection.in_features}). "
                 "Flatten leading dimensions into the batch first."
             )
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; floating point is needed, e.g. x.float().")
-        parameter = self.injection.weight
+        parameter = injection.weight
         if x.device != parameter.device:
             raise ValueError(
                 f"x is on {x.device} and the cell on {parameter.device}; move one of them."
@@ -166,8 +225,35 @@ class AffineCell(nn.Module):
                 f"x.to({parameter.dtype}) or cell.to({x.dtype}), or run under torch.autocast."
             )
 
+    def _check_injection(self, c: Any, x: Any) -> None:
+        """Raises TypeError or ValueError unless c is an injection for the samples of x."""
+        name = f"injection ({type(self.injection).__name__})"
+        needed = f"c (B, {self.features}), one row for each sample of x"
+        if not isinstance(c, Tensor):
+            raise TypeError(f"{name} returned a {type(c).__name__}; it must return {needed}.")
+        batch_first = not isinstance(x, Tensor) or x.dim() == 0 or x.shape[:1] == c.shape[:1]
+        if c.dim() != 2 or c.shape[1] != self.features or not batch_first:
+            given = f" for x {tuple(x.shape)}" if isinstance(x, Tensor) else ""
+            raise ValueError(
+                f"{name} returned a tensor of shape {tuple(c.shape)}{given}; it must return "
+                f"{needed}."
+            )
+        parameters = (*self.weight.parameters(), *self.weight.buffers())
+        w = next((t for t in parameters if t.is_floating_point()), None)
+        like = c if w is None else w
+        if c.device != like.device:
+            raise ValueError(
+                f"{name} returned c on {c.device}, and W is on {like.device}; move one of them."
+            )
+        autocast = torch.is_autocast_enabled(c.device.type)
+        if not c.is_floating_point() or (c.dtype != like.dtype and not autocast):
+            raise TypeError(
+                f"{name} returned c in {c.dtype}, and W is in {like.dtype}; c must be floating "
+                "point in the dtype of W, or run under torch.autocast."
+            )
+
     def check_state(self, z: Tensor, injection: Tensor) -> Tensor:
-        """z as a start of the solve, or an error that says what it should be."""
+        """z as a start of the solve, a plain tensor, or an error that says what it should be."""
         if not isinstance(z, Tensor) or z.shape != injection.shape:
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"z0 is {got}; it must have shape {tuple(injection.shape)}.")
@@ -175,27 +261,31 @@ class AffineCell(nn.Module):
             raise TypeError(
                 f"z0 is {z.dtype} on {z.device}; it must be floating point on {injection.device}."
             )
-        return z
+        return plain_tensor(z)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.features}, activation={self.activation!r}"
 
 
-def _stated(weight: nn.Module) -> tuple[frozenset[str], float | None]:
-    """What a weight says of itself, or an error that says what it may say."""
-    tags: Any = getattr(weight, "tags", frozenset())
-    name = type(weight).__name__
-    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
-        raise TypeError(
-            f'{name}.tags must be a set of names such as {{"symmetric"}}, not {tags!r}.'
-        )
-    for tag in tags:
-        check_choice(tag, TAGS, f"tag of {name}")
-    bound = getattr(weight, "norm_bound", None)
-    if bound is not None and not callable(bound):
-        raise TypeError(f"{name}.norm_bound must be a method that returns a number or None.")
-    value: Any = None if bound is None else bound()
-    number = value is None or isinstance(value, numbers.Real)
-    if not number or (value is not None and not value >= 0):
-        raise ValueError(f"{name}.norm_bound() is {value!r}; it must be a number >= 0, or None.")
-    return frozenset(tags), None if value is None else float(value)
+def _structure(statement: Statement, phi: Activation) -> Structure:
+    """What follows for ``z -> phi(W z + c)`` from what is certain of W."""
+    tags, norm_bound, bitwise_symmetric = statement
+    return Structure(
+        None if norm_bound is None else norm_bound * phi.lipschitz,
+        tags | {"monotone"} if phi.monotone else tags,
+        affine=True,
+        bitwise_symmetric=bitwise_symmetric,
+    )
+
+
+def plain_tensor(t: Tensor) -> Tensor:
+    """t itself, or the same values as a plain tensor where its class adds Python methods to one.
+
+    A class that stores something else than values (distributed, fake, nested) is left alone."""
+    kind = type(t)
+    if kind is Tensor or kind is nn.Parameter:
+        return t
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.as_subclass(Tensor)

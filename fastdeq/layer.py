@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends.choose import Backend
-from .cells import AffineCell
+from .cells import AffineCell, plain_tensor
 from .errors import explain_call, lists_options
 from .options import AdjointName, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, Status, handle_failure
@@ -128,8 +128,7 @@ class DEQLayer(nn.Module):
                 "the number of iterations."
             )
         if self._fused(context):
-            self.cell.check_input(x)
-            x, bad = _without_nonfinite(x)
+            x, bad = _without_nonfinite(self.cell.checked_input(x))
             z, solution = self._solve_affine(x, z0)
         else:
             start = self._start(x) if z0 is None else z0
@@ -164,7 +163,7 @@ class DEQLayer(nn.Module):
 
     def _solve_affine(self, x: Tensor, z0: Tensor | None) -> tuple[Tensor, Solution]:
         cell: AffineCell = self.cell
-        injection = cell.injection(x)  # x is checked, and nothing is overridden
+        injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
         return solve_affine(
             cell.recurrent_weight(),
@@ -238,13 +237,13 @@ def _may_look(x: Tensor) -> bool:
 
 def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x with non-finite samples zeroed, and which they are; None where x cannot have any."""
-    if not x.is_floating_point() or x.dim() == 0:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         return x, None
     if _may_look(x) and math.isfinite(x.detach().sum().item()):
         return x, None  # a sum is finite only where every entry is
     bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
     shape = (-1,) + (1,) * (x.dim() - 1)
-    return torch.where(bad.view(shape), 0.0, x), bad
+    return torch.where(bad.view(shape), 0.0, x), plain_tensor(bad)
 
 
 def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solution]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OPTIONS = ("tol", "max_products", "risk", "generator")
-
 
 @dataclass(frozen=True, repr=False)
 class Estimate:

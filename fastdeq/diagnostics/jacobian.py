@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..cells import AffineCell
-from ..errors import check_options
+from ..errors import lists_options
 from ..layer import DEQLayer
 from ..solve.general import Packing
 from . import krylov
-from .estimate import OPTIONS, Estimate, check_numbers
+from .estimate import Estimate, check_numbers
 
 
+@lists_options("spectral_radius")
 def spectral_radius(
     cell: Any,
     x: Any,
@@ -26,7 +27,6 @@ def spectral_radius(
     max_products: int = 100,
     risk: float = 1e-3,
     generator: torch.Generator | None = None,
-    **unknown: object,
 ) -> Estimate:
     """Largest modulus of the eigenvalues of ``J = df/dz`` at each sample's state, by Arnoldi.
 
@@ -72,7 +72,6 @@ def spectral_radius(
 
     Source: :mod:`fastdeq.diagnostics.krylov`.
     """
-    check_options(unknown, ("context", *OPTIONS), "spectral_radius")
     check_numbers(tol, max_products, risk, generator)
     with torch.inference_mode(False):
         at = _Linearization(cell, x, z, context)
@@ -84,6 +83,7 @@ def spectral_radius(
         return at.estimate(at.transposed_product, read, max_products, generator)
 
 
+@lists_options("jacobian_norm")
 def jacobian_norm(
     cell: Any,
     x: Any,
@@ -94,7 +94,6 @@ def jacobian_norm(
     max_products: int = 100,
     risk: float = 1e-3,
     generator: torch.Generator | None = None,
-    **unknown: object,
 ) -> Estimate:
     """2-norm of ``J = df/dz`` at each sample's state, by Lanczos on ``J^T J``.
 
@@ -114,7 +113,6 @@ def jacobian_norm(
     Source: :mod:`fastdeq.diagnostics.krylov`; products with J by differentiating the linear map
     ``u -> J^T u`` (J. Townsend, "A new trick for calculating Jacobian vector products", 2017).
     """
-    check_options(unknown, ("context", *OPTIONS), "jacobian_norm")
     check_numbers(tol, max_products, risk, generator)
     if max_products < 2:
         raise ValueError(f"a step of jacobian_norm takes 2 products, got {max_products=}.")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cells import AffineCell
-from ..errors import check_options
+from ..errors import lists_options
 from ..layer import DEQLayer
 from . import krylov
-from .estimate import OPTIONS, check_numbers
+from .estimate import check_numbers
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class EigenvalueBounds:
     converged: bool
 
 
+@lists_options("eigenvalue_bounds")
 @torch.no_grad()
 def eigenvalue_bounds(
     weight: Any,
@@ -43,7 +44,6 @@ def eigenvalue_bounds(
     max_products: int = 100,
     risk: float = 1e-3,
     generator: torch.Generator | None = None,
-    **unknown: object,
 ) -> EigenvalueBounds:
     """Bounds of the eigenvalues of a symmetric W, by Lanczos with full reorthogonalisation.
 
@@ -68,7 +68,6 @@ def eigenvalue_bounds(
     Source: J. van Dorsselaer, M. Hochstenbach and H. van der Vorst, SIAM J. Matrix Anal. Appl. 22
     (2000) 837; :mod:`fastdeq.diagnostics.krylov`.
     """
-    check_options(unknown, OPTIONS, "eigenvalue_bounds")
     check_numbers(tol, max_products, risk, generator)
     w, asymmetry = _symmetric_part(_matrix(weight))
     if not bool(w.isfinite().all()):

@@ -41,12 +41,16 @@ from .gram_schmidt import (
     half_upper,
     is_orthonormal,
 )
+from .kept_factors import FactorMemory
 
 METHODS = ("auto", "householder", "cholesky", "cholesky_qr2")
 #: The least number of columns at which Gram-Schmidt beats LAPACK on a CPU (two Zen 4 cores).
 CHOLESKY_FROM = 160
 #: LAPACK's own Q in float32 has errors near 1e-6 from about twice this many columns on.
 _REFINE_FROM = 129
+#: What compiled layers factorised last, for as long as it does not change; 64 MiB are the factors
+#: and the copy of a float32 matrix of 2300 x 2300, or of 80 of 256 x 256.
+memory = FactorMemory(64 << 20)
 
 
 def factors(a: Tensor, method: str = "auto") -> Factors:
@@ -161,7 +165,8 @@ def pull_back_q(q: Tensor, r: Tensor, grad_q: Tensor, inverses: Tensor | None = 
 
 
 torch.library.define(
-    "fastdeq::orthogonal_factor", "(Tensor raw, str method='auto') -> (Tensor q, Tensor r)"
+    "fastdeq::orthogonal_factor",
+    "(Tensor raw, str method='auto', bool remember=False) -> (Tensor q, Tensor r)",
 )
 torch.library.define(
     "fastdeq::orthogonal_factor_backward", "(Tensor q, Tensor r, Tensor grad_q) -> Tensor"
@@ -169,12 +174,20 @@ torch.library.define(
 
 
 @torch.library.impl("fastdeq::orthogonal_factor", "CompositeExplicitAutograd")
-def _orthogonal_factor(raw: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
-    return factors(raw, method)[:2]
+def _orthogonal_factor(
+    raw: Tensor, method: str = "auto", remember: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``remember``: a matrix that has not changed since is not factorised again ("auto" only)."""
+    if not remember or method != "auto":
+        return factors(raw, method)[:2]
+    q, r, *_ = memory.factors(raw, factors)
+    return q.clone(), r.clone()
 
 
 @torch.library.register_fake("fastdeq::orthogonal_factor")
-def _orthogonal_factor_fake(raw: Tensor, method: str = "auto") -> tuple[Tensor, Tensor]:
+def _orthogonal_factor_fake(
+    raw: Tensor, method: str = "auto", remember: bool = False
+) -> tuple[Tensor, Tensor]:
     check_choice(method, METHODS, "method")
     _check(raw)
     m, n = raw.shape
@@ -200,9 +213,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_q: Tensor | None, grad_r: Tensor | None) -> tuple[Any, ...]:
     q, r = ctx.saved_tensors
     if grad_r is None and grad_q is not None and not torch.is_grad_enabled():
-        return torch.ops.fastdeq.orthogonal_factor_backward(q, r, grad_q), None
+        return torch.ops.fastdeq.orthogonal_factor_backward(q, r, grad_q), None, None
     with torch.autocast(q.device.type, enabled=False):
-        return pull_back(q, r, grad_q, grad_r), None
+        return pull_back(q, r, grad_q, grad_r), None, None
 
 
 torch.library.register_autograd(

@@ -4,8 +4,7 @@ until the matrix changes.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,8 @@ from torch.autograd import forward_ad
 
 from ..cuda_stream import is_capturing
 from ..ops.gram_schmidt import Factors
-from ..ops.orthogonal_factor import factors, pull_back, pull_back_q
+from ..ops.kept_factors import Kept, keep
+from ..ops.orthogonal_factor import factors, memory, pull_back, pull_back_q
 
 
 def is_transformed(raw: Tensor) -> bool:
@@ -47,9 +47,13 @@ def orthogonal_factor(raw: Tensor) -> Tensor:
     Raises:
         ValueError: raw is not a matrix, or is wide.
     """
+    return _factor(raw, remember=False)
+
+
+def _factor(raw: Tensor, remember: bool) -> Tensor:
     if has_tangent(raw):
         return _by_torch(raw)
-    q: Tensor = torch.ops.fastdeq.orthogonal_factor(wide_dtype(raw))[0]
+    q: Tensor = torch.ops.fastdeq.orthogonal_factor(wide_dtype(raw), "auto", remember)[0]
     return q.to(raw.dtype)
 
 
@@ -92,20 +96,11 @@ class Attach(torch.autograd.Function):
             return pull_back(q, r, grad_q, grad_r), None
 
 
-class _Entry(NamedTuple):
-    found: Factors
-    copy: Tensor | None  # of the matrix, on the CPU
-    matrix: weakref.ref[Tensor]
-    version: tuple[Any, ...]
-
-
 class FactorCache:
     """Q and R of the matrix that was factorised last, for as long as it does not change.
 
-    On the CPU the entries are compared with a copy, which costs a fiftieth of the factorisation
-    and sees every kind of change. Elsewhere that would wait for the device: there the matrix
-    counts as unchanged while it is the same tensor at the same address and version, which sees
-    every in-place operation but not one on ``matrix.data`` (call ``clear()`` after such an edit).
+    How a change is seen: ops/kept_factors.py. Off the CPU an edit of ``matrix.data`` is not: call
+    ``clear()`` after one.
 
     A matrix whose factorisation has been recorded in a CUDA graph is factorised at every call from
     then on, until ``clear()``: a replay may change it. Where only the optimiser's step is recorded,
@@ -115,12 +110,13 @@ class FactorCache:
     """
 
     def __init__(self) -> None:
-        self._entry: _Entry | None = None
+        self._entry: Kept | None = None
         self._recorded = False
 
     def clear(self) -> None:
-        """Forgets the factors, and any recording in a CUDA graph."""
+        """Forgets the factors, and any recording in a CUDA graph; also those of compiled code."""
         self._entry, self._recorded = None, False
+        memory.clear()
 
     def orthogonal(self, raw: Tensor) -> Tensor:
         """``orthogonal_factor(raw)``, or for a wide matrix that of its transpose, transposed.
@@ -130,7 +126,8 @@ class FactorCache:
         wide = wide_dtype(raw)
         tall = wide if raw.shape[0] >= raw.shape[1] else wide.t()
         if is_transformed(raw) or has_tangent(raw):
-            q = orthogonal_factor(tall)
+            # A compiled program does not come here again: its operator is to remember.
+            q = _factor(tall, remember=torch.compiler.is_compiling())
         else:
             with torch.inference_mode(False), torch.no_grad():
                 found = self._find(raw, tall.detach())
@@ -148,32 +145,15 @@ class FactorCache:
         tall = tall.clone() if tall.is_inference() else tall
         if self._recorded:
             return factors(tall)
-        entry, version = self._entry, _version(raw)
-        if entry is not None and entry.version[:3] == version[:3]:
-            if entry.copy is not None:
-                # After an optimiser's step the version says so already.
-                stepped = entry.matrix() is raw and entry.version[-1] != version[-1]
-                if not stepped and torch.equal(entry.copy, raw):
-                    return entry.found
-            elif version[-1] is not None and entry.version == version and entry.matrix() is raw:
-                return entry.found
+        entry = self._entry
+        if entry is not None and entry.holds_for(raw):
+            return entry.found
         found = factors(tall)
-        copy = raw.detach().clone() if self._compares_entries(raw) else None
-        self._entry = _Entry(found, copy, weakref.ref(raw), version)
+        self._entry = keep(raw, found)
         return found
-
-    @staticmethod
-    def _compares_entries(raw: Tensor) -> bool:
-        return raw.device.type == "cpu"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorCache:
         return FactorCache()
 
     def __reduce__(self) -> tuple[type[FactorCache], tuple[()]]:
         return FactorCache, ()
-
-
-def _version(t: Tensor) -> tuple[Any, ...]:
-    # With the stream: another would read without waiting. Inference tensors have no version.
-    at = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
-    return t.dtype, t.device, t.shape, t.data_ptr(), at, None if t.is_inference() else t._version

@@ -105,7 +105,6 @@ def test_the_largest_limit_can_be_had(make_layer, solver):
         (lambda: AffineCell(3, 4, activation="tahn", scale=1.0), ValueError, "Did you mean 'tanh'"),
         (lambda: AffineCell(3, 4, weight="ortho", scale=1.0), ValueError, "'orthogonal'"),
         (lambda: AffineCell(3, 4, weight=7), TypeError, "a module that returns W"),
-        (lambda: AffineCell(3, 4), ValueError, "scale=0.9"),
         (lambda: AffineCell(3, 4, scale=float("inf")), ValueError, "finite scale"),
         (
             lambda: AffineCell(3, 4, weight=Orthogonal(4, 0.9), scale=0.5),
