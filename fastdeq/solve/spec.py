@@ -135,6 +135,8 @@ class Specs:
         solver = resolve(options.solver, structure, options.tol, adjoint=False)
         self.forward = self._spec("solve", solver, options.tol, options.max_iter)
         self._adjoint: SolveSpec | None = None
+        self.plans: dict[Any, Any] = {}
+        """What the compiled extension has prepared; see ``affine.plan_for``."""
 
     @property
     def adjoint(self) -> SolveSpec:
