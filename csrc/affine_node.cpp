@@ -14,24 +14,13 @@
 
 #include "affine_node.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/stack.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/SafePyObject.h>
-#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <cstring>
-#include <optional>
-#include <string>
-
-namespace py = pybind11;
+#include "affine_plan.h"
 
 namespace fastdeq {
 namespace {
@@ -53,185 +42,26 @@ auto make_node(Own*& node, Arguments&&... arguments) {
   }
 }
 
-// A Python object that may be released on a thread without the interpreter's lock.
-c10::SafePyObject hold(py::handle object) { return {object.inc_ref().ptr(), getPyInterpreter()}; }
-
-py::object borrow(const c10::SafePyObject& held) {
-  return py::reinterpret_borrow<py::object>(held.ptr(getPyInterpreter()));
-}
-
-py::object to_python(const at::Tensor& t) {
-  return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
-}
-
-at::Tensor to_tensor(py::handle object) {
-  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
-}
-
-// What an operator returned, until somebody reads it.
-struct SolveOutputs {
-  variable_list tensors;
-  py::object spec, contraction;
-  bool failed = false;  // for some sample: its status is not CONVERGED
-
-  py::tuple unpack() const {
-    py::tuple all(tensors.size());
-    for (size_t i = 0; i < tensors.size(); ++i) all[i] = to_python(tensors[i]);
-    return all;
-  }
-};
-
-bool any_failed(const at::Tensor& status) {
-  const int8_t* const at = status.const_data_ptr<int8_t>();
-  int8_t seen = 0;
-  for (int64_t i = 0; i < status.numel(); ++i) seen |= at[i];
-  return seen != 0;
-}
-
-// An operator with the arguments that stay from call to call.
-class PreparedCall {
- public:
-  // `options` are the last arguments of the schema.
-  PreparedCall(const char* name, const py::tuple& options)
-      : op_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "")) {
-    const auto& arguments = op_.schema().arguments();
-    const size_t first = arguments.size() - options.size();
-    for (size_t i = 0; i < options.size(); ++i) {
-      const py::object value = options[i];
-      switch (arguments[first + i].type()->kind()) {
-        case c10::TypeKind::StringType:
-          tail_.emplace_back(py::cast<std::string>(value));
-          break;
-        case c10::TypeKind::FloatType:
-          tail_.emplace_back(py::cast<double>(value));
-          break;
-        case c10::TypeKind::BoolType:
-          tail_.emplace_back(py::cast<bool>(value));
-          break;
-        default:
-          tail_.emplace_back(py::cast<int64_t>(value));
-      }
-    }
-  }
-
-  variable_list operator()(std::initializer_list<c10::IValue> first) const {
-    torch::jit::Stack stack;
-    stack.reserve(first.size() + tail_.size());
-    stack.insert(stack.end(), first);
-    stack.insert(stack.end(), tail_.begin(), tail_.end());
-    op_.callBoxed(stack);
-    variable_list outputs;
-    outputs.reserve(stack.size());
-    for (c10::IValue& value : stack) outputs.push_back(std::move(value).toTensor());
-    return outputs;
-  }
-
- private:
-  c10::OperatorHandle op_;
-  torch::jit::Stack tail_;
-};
-
-// Nobody listens to single operations or changes what they mean: no mode, transform or tracer.
-bool is_plain_context() {
-  const auto here = c10::impl::tls_local_dispatch_key_set();
-  return (here.included_.raw_repr() & ~c10::default_included_set.raw_repr()) == 0 &&
-         here.excluded_.has(c10::DispatchKey::AutocastCPU) &&
-         !at::impl::torch_function_mode_enabled();
-}
-
-bool is_plain(const at::Tensor& t) {
-  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                        c10::DispatchKey::AutogradCPU,
-                                        c10::DispatchKey::AutocastCPU});
-  return (t.key_set().raw_repr() & ~kPlain.raw_repr()) == 0 && !t._fw_grad(0).defined();
-}
-
-// Whether no exponent consists of ones alone.
-template <typename T, typename Bits>
-bool is_finite(const at::Tensor& x, Bits exponent) {
-  const T* const at = x.const_data_ptr<T>();
-  const int64_t rows = x.size(0), columns = x.size(1), down = x.stride(0), right = x.stride(1);
-  Bits bad = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* const row = at + i * down;
-    const auto look = [&](int64_t step) {
-      for (int64_t j = 0; j < columns; ++j) {
-        Bits bits;
-        std::memcpy(&bits, row + j * step, sizeof bits);
-        bad |= Bits((bits & exponent) == exponent);
-      }
-    };
-    right == 1 ? look(1) : look(right);  // the first is vectorised
-  }
-  return bad == 0;
-}
-
-class AffinePlan {
- public:
-  AffinePlan(int64_t size, py::handle dtype, std::string activation, const py::tuple& forward,
-             const std::optional<py::tuple>& adjoint, py::handle forward_spec,
-             py::handle adjoint_spec, py::handle contraction, py::handle backward)
-      : size(size),
-        dtype(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type),
-        activation(std::move(activation)),
-        forward("fastdeq::solve_affine", forward),
-        forward_spec(hold(forward_spec)),
-        adjoint_spec(hold(adjoint_spec)),
-        contraction(hold(contraction)),
-        backward(hold(backward)) {
-    if (adjoint) this->adjoint.emplace("fastdeq::solve_affine_adjoint", *adjoint);
-  }
-
-  // Whether the tensors are such as this plan is for.
-  bool fits(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& input_weight,
-            const at::Tensor& bias, const at::Tensor& start) const {
-    const auto suits = [&](const at::Tensor& t) {
-      return is_plain(t) && t.scalar_type() == dtype && t.layout() == at::kStrided;
-    };
-    if (!suits(weight) || !suits(x) || !suits(input_weight)) return false;
-    if (bias.defined() && !(suits(bias) && bias.dim() == 1 && bias.size(0) == size)) return false;
-    if (x.dim() != 2 || input_weight.dim() != 2 || x.size(0) == 0) return false;
-    if (start.defined() &&
-        !(suits(start) && start.sizes() == at::IntArrayRef({x.size(0), size}))) {
-      return false;
-    }
-    return weight.sizes() == at::IntArrayRef({size, size}) &&
-           input_weight.sizes() == at::IntArrayRef({size, x.size(1)}) &&
-           (dtype == at::kFloat ? is_finite<float, uint32_t>(x, 0x7f800000u)
-                                : is_finite<double, uint64_t>(x, 0x7ff0000000000000u));
-  }
-
-  const int64_t size;
-  const at::ScalarType dtype;
-  const std::string activation;
-  const PreparedCall forward;
-  std::optional<PreparedCall> adjoint;  // none where no gradient is wanted
-  const c10::SafePyObject forward_spec, adjoint_spec, contraction, backward;
-};
-
-using PlanPointer = std::shared_ptr<const AffinePlan>;
-
 class AffineFixedPointBackward : public Node {
  public:
-  enum Input { kWeight, kX, kInputWeight, kBias, kInputs };
+  enum Saved { kWeight, kX, kInputWeight, kBias, kInputs, kValue = kInputs, kStatus, kSlope, kAll };
 
   AffineFixedPointBackward(PlanPointer plan, py::handle record)
       : plan_(std::move(plan)), record_(hold(record)) {}
 
   std::string name() const override { return "AffineFixedPointBackward"; }
 
-  void save(Input input, const at::Tensor& t) { saved_[input] = SavedVariable(t, false); }
-  void save_outputs(const variable_list& outputs) {
-    value_ = SavedVariable(outputs[0], false);
-    status_ = SavedVariable(outputs[1], false);
-    slope_ = SavedVariable(outputs[5], false);
-  }
+  void save(Saved what, const at::Tensor& t) { saved_[what] = SavedVariable(t, false); }
 
   void release_variables() override {
     for (SavedVariable& saved : saved_) saved.reset_data();
-    value_.reset_data();
-    status_.reset_data();
-    slope_.reset_data();
+  }
+
+  // Compiled autograd traces nodes in Python; solve/affine.py sees to it where it is told in time.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK(false, name(),
+                ": compiled autograd has to be enabled before the forward pass of a ",
+                "DEQLayer whose backward pass it is to trace.");
   }
 
   variable_list apply(variable_list&& gradients) override {
@@ -241,9 +71,9 @@ class AffineFixedPointBackward : public Node {
       return apply_in_python(grad);
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor value = value_.unpack();
-    variable_list outputs = (*plan_->adjoint)(
-        {saved_[kWeight].unpack(), slope_.unpack(), grad, c10::IValue()});
+    const at::Tensor value = saved_[kValue].unpack();
+    variable_list outputs =
+        (*plan_->adjoint)({saved_[kWeight].unpack(), saved_[kSlope].unpack(), grad, c10::IValue()});
     const at::Tensor q = outputs[0];
     report(std::move(outputs));
     variable_list result(kInputs);
@@ -269,7 +99,7 @@ class AffineFixedPointBackward : public Node {
 
   variable_list apply_in_python(const at::Tensor& grad) {
     // The value as what it is: an output of this node.
-    at::Tensor value = value_.unpack().detach();
+    at::Tensor value = saved_[kValue].unpack().detach();
     torch::autograd::impl::set_gradient_edge(value, {getptr(), 0});
     const py::gil_scoped_acquire gil;
     py::tuple needed{size_t(kInputs)}, inputs{size_t(kInputs)};
@@ -279,7 +109,8 @@ class AffineFixedPointBackward : public Node {
     }
     const py::tuple found = borrow(plan_->backward)(
         borrow(plan_->adjoint_spec), borrow(record_), plan_->activation, needed, to_python(grad),
-        inputs, to_python(value), to_python(status_.unpack()), to_python(slope_.unpack()));
+        inputs, to_python(value), to_python(saved_[kStatus].unpack()),
+        to_python(saved_[kSlope].unpack()));
     variable_list result;
     for (const py::handle each : found) result.push_back(to_tensor(each));
     return result;
@@ -287,7 +118,7 @@ class AffineFixedPointBackward : public Node {
 
   PlanPointer plan_;
   c10::SafePyObject record_;
-  SavedVariable saved_[kInputs], value_, status_, slope_;
+  SavedVariable saved_[kAll];
 };
 
 // z, its solution left in `record`; None where the call is not for this plan.
@@ -299,8 +130,7 @@ py::object solve(const PlanPointer& plan, py::handle record, py::handle py_weigh
   if (py_weight.is_none() || py_x.is_none() || py_input_weight.is_none()) return py::none();
   const at::Tensor weight = to_tensor(py_weight), x = to_tensor(py_x), bias = to_tensor(py_bias),
                    input_weight = to_tensor(py_input_weight), start = to_tensor(py_start);
-  const bool differentiable =
-      torch::autograd::compute_requires_grad(weight, x, input_weight, bias);
+  const bool differentiable = torch::autograd::compute_requires_grad(weight, x, input_weight, bias);
   if (differentiable && !plan->adjoint) return py::none();
   if (!is_plain_context() || !plan->fits(weight, x, input_weight, bias, start)) return py::none();
 
@@ -317,14 +147,17 @@ py::object solve(const PlanPointer& plan, py::handle record, py::handle py_weigh
     failed = any_failed(outputs[1]);
   }
   if (differentiable) {
-    AffineFixedPointBackward* node = nullptr;
+    using Backward = AffineFixedPointBackward;
+    Backward* node = nullptr;
     const NodePointer pointer = make_node<NodePointer>(node, plan, record);
     node->set_next_edges(torch::autograd::collect_next_edges(weight, x, input_weight, bias));
-    node->save(AffineFixedPointBackward::kWeight, weight);
-    node->save(AffineFixedPointBackward::kX, x);
-    node->save(AffineFixedPointBackward::kInputWeight, input_weight);
-    node->save(AffineFixedPointBackward::kBias, bias);
-    node->save_outputs(outputs);
+    node->save(Backward::kWeight, weight);
+    node->save(Backward::kX, x);
+    node->save(Backward::kInputWeight, input_weight);
+    node->save(Backward::kBias, bias);
+    node->save(Backward::kValue, outputs[0]);
+    node->save(Backward::kStatus, outputs[1]);
+    node->save(Backward::kSlope, outputs[5]);
     torch::autograd::set_history(z, pointer);
   }
   SolveOutputs raw{std::move(outputs), borrow(plan->forward_spec), borrow(plan->contraction),

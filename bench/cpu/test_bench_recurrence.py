@@ -99,7 +99,9 @@ def test_bench_small(benchmark, tables, size, batch):
     runs = {"inference": infer, "training step": train}
     seconds, least = interleaved(runs, benchmark.enabled)
     head = ("", *runs)
-    times = (f"{least[name] / CALLS * 1e6:.0f} ({seconds[name] / CALLS * 1e6:.0f})" for name in runs)
+    times = (
+        f"{least[name] / CALLS * 1e6:.0f} ({seconds[name] / CALLS * 1e6:.0f})" for name in runs
+    )
     tables.add("one small layer, in us: least (median)", head, (f"{size}x{batch}", *times))
     benchmark.extra_info.update(seconds, calls=CALLS, threads=torch.get_num_threads())
     benchmark.pedantic(train, rounds=1)

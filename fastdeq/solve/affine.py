@@ -7,6 +7,7 @@ every device, dtype, transform and compiler.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -81,10 +82,20 @@ def linear_parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
 def plan_for(specs: Specs, weight: Tensor, activation: str) -> Any:
     """The extension's ``AffinePlan`` for solves with ``weight`` ``(d, d)``, made once for each
     dtype, size and activation; None where they have to go through Python."""
+    if _backward_is_compiled():
+        return None
     key = (weight.dtype, weight.shape[0], activation, torch.is_grad_enabled())
     if key not in specs.plans:
         specs.plans[key] = _make_plan(specs, weight, *key[2:])
     return specs.plans[key]
+
+
+def _backward_is_compiled() -> bool:
+    """Whether compiled autograd is on: it traces nodes in Python alone."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (
+        module.compiled_autograd_enabled or sys.modules["torch._dynamo"].config.compiled_autograd
+    )
 
 
 def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bool) -> Any:

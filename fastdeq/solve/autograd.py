@@ -193,9 +193,9 @@ class AffineFixedPoint(Function):
             grad = grad_saved if grad is None else grad + grad_saved
         if grad is None:
             return (None,) * 6
-        grad_weight, grad_c = affine_gradients(
-            ctx.spec, ctx.activation, ctx.report, ctx.needs_input_grad[3], *ctx.saved_tensors, grad
-        )
+        weight, c, z, status, slope, packed = ctx.saved_tensors
+        how = (ctx.spec, ctx.activation, ctx.report, ctx.needs_input_grad[3])
+        grad_weight, grad_c = affine_gradients(*how, weight, c, z, status, slope, packed, grad)
         return None, None, None, grad_weight, grad_c, None
 
 

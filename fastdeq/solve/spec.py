@@ -99,7 +99,7 @@ class SolveSpec:
         operator = torch.ops.fastdeq.solve_affine_adjoint.default
         tensors = (weight, slope, grad, packed, self.bitwise_symmetric)
         outputs = operator(*tensors, engine, *self.arguments)
-        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
+        if not _is_traced(outputs[0]):  # a traced backward pass may not touch the layer
             report(self.solution(outputs))
         q: Tensor = outputs[0]
         return q
@@ -111,7 +111,12 @@ class SolveSpec:
         return Solution(value.detach(), status, iterations, residual, counters, contraction)
 
     def iterate(self, f: Callable[[Tensor], Tensor], start: Tensor, value: Any) -> Solution:
-        """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known."""
+        """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known.
+
+        Rows without numbers, fake or on the meta device, are evaluated once: for shapes.
+        """
+        if _has_no_numbers(start):
+            return self._shapes(f(start) if value is None else value)
         return solve(
             f,
             start,
@@ -121,6 +126,37 @@ class SolveSpec:
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=value,
         )
+
+    def _shapes(self, rows: Tensor) -> Solution:
+        count = rows.new_empty(len(rows), dtype=torch.int32)
+        return Solution(
+            torch.empty_like(rows),
+            rows.new_empty(len(rows), dtype=torch.int8),
+            count,
+            rows.new_empty(len(rows)),
+            {name: count.clone() for name in self.solver.rejects},
+        )
+
+
+def _is_traced(rows: Tensor) -> bool:
+    """Whether rows stand for others in a graph that is being recorded."""
+    if torch.compiler.is_compiling():
+        return True
+    if type(rows) is Tensor:
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # slow to import
+
+    return get_proxy_mode() is not None
+
+
+def _has_no_numbers(rows: Tensor) -> bool:
+    """Whether rows are fake or on the meta device. Not while a graph is recorded, which has to
+    contain the iteration."""
+    if type(rows) is Tensor or _is_traced(rows):
+        return rows.device.type == "meta"
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(rows, FakeTensor) or rows.device.type == "meta"
 
 
 class Specs:
