@@ -42,7 +42,7 @@ inline at::Tensor to_tensor(py::handle object) {
 }
 
 // What an operator returned, until somebody reads it.
-struct SolveOutputs {
+struct __attribute__((visibility("hidden"))) SolveOutputs {
   std::vector<at::Tensor> tensors;
   py::object spec, contraction;
   bool failed = false;  // for some sample: its status is not CONVERGED

@@ -250,15 +250,6 @@ def test_graph_and_layer_free_each_other_without_the_garbage_collector(node):
         gc.enable()
 
 
-def test_batched_gradients(node):
-    layer = layer_of(3, 4, torch.float64)
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    z, directions = layer(x), torch.randn(5, 2, 4, dtype=torch.float64)
-    (batched,) = torch.autograd.grad(z, x, directions, is_grads_batched=True, retain_graph=True)
-    each = [torch.autograd.grad(z, x, g, retain_graph=True)[0] for g in directions]
-    torch.testing.assert_close(batched, torch.stack(each), rtol=1e-3, atol=1e-5)
-
-
 def test_compiled_autograd_is_told_of_before_the_forward_pass(fresh_compiler):
     compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
     layer = layer_of()
