@@ -1,5 +1,6 @@
 // The extension module. Operators register themselves with the dispatcher when it is loaded; what
-// is bound here is information: on the build, and on what a GPU engine supports.
+// is bound here is information, on the build and on what a GPU engine supports, and the affine
+// cell's solve with its gradient in one call.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +14,7 @@
 #include <map>
 #include <string>
 
+#include "affine_node.h"
 #include "cpu/engine.h"
 #include "cpu/interrupt.h"
 #include "cuda/persistent_task.h"
@@ -100,4 +102,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("constants", &constants, "The numbers of fastdeq/constants.py, as compiled.");
   m.def("why_not_persistent", &why_not_persistent,
         "Why the persistent CUDA engine cannot hold a solve; empty where it can.");
+  fastdeq::bind_affine_node(m);
 }

@@ -13,12 +13,15 @@ from .backends.choose import Backend
 from .cells import AffineCell, plain_tensor
 from .errors import explain_call, lists_options
 from .options import AdjointName, Gradient, Options, Precision, SolverName, State
-from .solution import OnFailure, Solution, Status, handle_failure
-from .solve.affine import solve_affine
+from .solution import OnFailure, Solution, Status, may_look
+from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.general import solve_map
+from .solve.record import Record
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 from .solvers.picard import CERTIFIED
+
+FORWARD = "DEQLayer, forward solve"
 
 
 class DEQLayer(nn.Module):
@@ -66,6 +69,7 @@ class DEQLayer(nn.Module):
     """
 
     _specs: Specs | None = None
+    _record: Record
 
     @lists_options("DEQLayer")
     def __init__(
@@ -105,9 +109,7 @@ class DEQLayer(nn.Module):
             backend=backend,
             on_failure=on_failure,
         )
-        self.last_solution: Solution | None = None
-        self.last_adjoint_solution: Solution | None = None
-        self._warned: set[str] = set()
+        self._record = Record()
 
     def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
         """The equilibrium for x; further arguments go to the cell after x.
@@ -121,33 +123,31 @@ class DEQLayer(nn.Module):
             z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
                 that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
         """
-        bad = None
         if z0 is not None and getattr(self.options.solver, "fixed_iterations", 0) == CERTIFIED:
             raise ValueError(
                 'fixed_iterations="certified" counts from a start at zero; leave out z0, or give '
                 "the number of iterations."
             )
-        if self._fused(context):
-            x, bad = _without_nonfinite(self.cell.checked_input(x))
-            z, solution = self._solve_affine(x, z0)
-        else:
-            start = self._start(x) if z0 is None else z0
-            if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
-                x, bad = _without_nonfinite(x)
-            try:
-                z, solution = solve_map(
-                    lambda state: self.cell(state, x, *context),
-                    start,
-                    self._specs_for(self._structure()),
-                    self._receive_adjoint,
-                )
-            except TypeError as error:
-                explain_call(self.cell, context, error)
-                raise
-        if bad is not None:
-            z, solution = _mark_nonfinite(z, solution, bad)
-        self.last_solution = solution
-        self._handle(solution, "DEQLayer, forward solve")
+        if not context and self.options.registered:
+            cell = self.cell
+            if isinstance(cell, AffineCell) and cell.is_plain():
+                return self._solve_affine(cell, x, z0)
+        finite = None
+        start = self._start(x) if z0 is None else z0
+        if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
+            x, finite = _finite_samples(x)
+        specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
+        try:
+            z, solution = solve_map(
+                lambda state: self.cell(state, x, *context), start, specs, report
+            )
+        except TypeError as error:
+            explain_call(self.cell, context, error)
+            raise
+        if finite is not None:
+            z, solution = _mark_nonfinite(z, solution, ~finite)
+        self._record.forward = solution
+        self._record.judge("forward", FORWARD)
         return z
 
     if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
@@ -158,21 +158,45 @@ class DEQLayer(nn.Module):
         def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
         def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
 
-    def _fused(self, context: tuple[Any, ...]) -> bool:
-        return self.options.registered and not context and self._plain()
-
-    def _solve_affine(self, x: Tensor, z0: Tensor | None) -> tuple[Tensor, Solution]:
-        cell: AffineCell = self.cell
+    def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
+        record = self._record
+        specs = self._specs_for(cell.structure())
+        weight = cell.recurrent_weight()
+        linear = None if torch.compiler.is_compiling() else linear_parameters(cell.injection)
+        if linear is not None and type(cell) is AffineCell:
+            plan = plan_for(specs, weight, cell.activation)
+            if plan is not None:
+                z: Tensor | None = plan.solve(record, weight, x, *linear, z0)
+                if z is not None:
+                    if record.forward.failed:
+                        record.judge("forward", FORWARD)
+                    return z
+        x, finite = _finite_samples(cell.checked_input(x))
         injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
-        return solve_affine(
-            cell.recurrent_weight(),
-            injection,
-            start,
-            cell.activation,
-            self._specs_for(cell.structure()),
-            self._receive_adjoint,
+        z, record.forward = solve_affine(
+            weight, injection, start, cell.activation, specs, record.receive_adjoint, finite
         )
+        record.judge("forward", FORWARD)
+        return z
+
+    @property
+    def last_solution(self) -> Solution | None:
+        """The :class:`Solution` of the latest forward solve, or None."""
+        return self._record.solution("forward")
+
+    @last_solution.setter
+    def last_solution(self, solution: Solution | None) -> None:
+        self._record.forward = solution
+
+    @property
+    def last_adjoint_solution(self) -> Solution | None:
+        """The :class:`Solution` of the latest backward solve, or None."""
+        return self._record.solution("adjoint")
+
+    @last_adjoint_solution.setter
+    def last_adjoint_solution(self, solution: Solution | None) -> None:
+        self._record.adjoint = solution
 
     def _plain(self) -> bool:
         return isinstance(self.cell, AffineCell) and self.cell.is_plain()
@@ -188,8 +212,13 @@ class DEQLayer(nn.Module):
         if torch.compiler.is_compiling():
             return Specs(self.options, structure)
         found = self._specs
-        if found is None or found.options is not self.options or found.structure != structure:
+        if (
+            found is None
+            or found.options is not self.options
+            or (found.structure is not structure and found.structure != structure)
+        ):
             found = self._specs = Specs(self.options, structure)
+        self._record.on_failure = self.options.on_failure
         return found
 
     def _start(self, x: Any) -> Any:
@@ -202,22 +231,17 @@ class DEQLayer(nn.Module):
             "initial_state(x) on the cell."
         )
 
-    def _receive_adjoint(self, solution: Solution) -> None:
-        self.last_adjoint_solution = solution
-        self._handle(solution, "DEQLayer, adjoint solve")
-
-    def _handle(self, solution: Solution, what: str) -> None:
-        if torch.compiler.is_compiling() or what in self._warned:
-            return
-        if handle_failure(solution, self.options.on_failure, what):
-            self._warned.add(what)
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without the record of past solves."""
         state = self.__dict__.copy()
-        state |= {"last_solution": None, "last_adjoint_solution": None, "_warned": set()}
+        state["_record"] = Record()
         state.pop("_specs", None)
         return state
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._record = Record(self._record.warned)  # each replica solves a part of its own
+        return replica
 
     def extra_repr(self) -> str:
         o = self.options
@@ -230,20 +254,24 @@ def _batch_of(state: Any) -> tuple[int, ...]:
     return tuple(first.shape[:1]) if isinstance(first, Tensor) else ()
 
 
-def _may_look(x: Tensor) -> bool:
-    """Whether a number may be read from x without waiting for a device or ending a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def _is_surely_finite(x: Tensor) -> bool:
+    """Whether all of x is finite, where that can be seen without waiting for a device."""
+    # A sum is finite only where every entry is.
+    return x.device.type == "cpu" and may_look(x) and math.isfinite(x.detach().sum().item())
 
 
-def _without_nonfinite(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x with non-finite samples zeroed, and which they are; None where x cannot have any."""
+def _finite_samples(x: Any) -> tuple[Any, Tensor | None]:
+    """x with non-finite samples zeroed, and which are finite ``(B,)``; None where it is known that
+    all are, or x is no tensor of samples."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         return x, None
-    if _may_look(x) and math.isfinite(x.detach().sum().item()):
-        return x, None  # a sum is finite only where every entry is
-    bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
-    shape = (-1,) + (1,) * (x.dim() - 1)
-    return torch.where(bad.view(shape), 0.0, x), plain_tensor(bad)
+    if _is_surely_finite(x):
+        return x, None
+    finite = (x.detach() * 0) == 0
+    if x.dim() > 1:
+        finite = finite.flatten(1).all(1)
+    zeroed = torch.where(finite.view((-1,) + (1,) * (x.dim() - 1)), x, 0.0)
+    return zeroed, plain_tensor(finite)
 
 
 def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solution]:

@@ -100,6 +100,8 @@ class Solution:
         """One line for people: counts per status, iterations and the worst residual."""
         if self.status.numel() == 0:
             return "0 samples"
+        if not may_look(self.status):
+            return f"{self.status.numel()} samples: not to be looked at"
         counts = ", ".join(
             f"{int((self.status == s).sum())} {s.name}" for s in Status if (self.status == s).any()
         )
@@ -235,12 +237,24 @@ def failure_message(solution: Solution, what: str, worst: int = 3) -> str:
     )
 
 
+def may_look(t: Tensor) -> bool:
+    """Whether t has numbers that may be read: it is not fake, traced, batched, on the meta device,
+    or yet to be computed by a CUDA graph that is being recorded."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(t) not in (Tensor, torch.nn.Parameter)
+        or t.device.type == "meta"
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or is_capturing(t.device)
+    )
+
+
 def handle_failure(solution: Solution, on_failure: str, what: str) -> bool:
     """Applies the policy; returns True when it warned, so that a caller can warn only once.
 
-    A solve that is being recorded in a CUDA graph has no status yet: nothing is looked at.
+    Nothing is looked at where there are no numbers: see ``may_look``.
     """
-    if on_failure == "ignore" or is_capturing(solution.status.device):
+    if on_failure == "ignore" or not may_look(solution.status):
         return False
     if not bool(solution.status.any()):  # CONVERGED is 0
         return False

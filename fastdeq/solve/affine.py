@@ -1,14 +1,25 @@
-"""The path of an affine cell: the whole solve is one operator, and so is its adjoint."""
+"""The path of an affine cell: the whole solve is one operator, and so is its adjoint.
+
+Where nothing unusual is asked for, the compiled extension makes the injection, the solve and the
+node of the graph in one call (csrc/affine_node.cpp); ``solve_affine`` does the same in Python, for
+every device, dtype, transform and compiler.
+"""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..activations import ACTIVATIONS
+from ..backends import extension
+from ..errors import BackendError
 from ..solution import Solution
-from .autograd import AffineFixedPoint, one_step
-from .spec import Report, Specs
+from .autograd import AffineFixedPoint, affine_gradients, one_step
+from .spec import Report, SolveSpec, Specs
 
 
 def solve_affine(
@@ -18,28 +29,129 @@ def solve_affine(
     activation: str,
     specs: Specs,
     report: Report,
+    finite: Tensor | None = None,
 ) -> tuple[Tensor, Solution]:
     """``z = phi(z W^T + c)``: weight ``(d, d)``, injection and start ``(B, d)``.
 
-    Without a start it starts from zeros. ``report`` receives the adjoint's solution.
+    Without a start it starts from zeros. ``report`` receives the adjoint's solution. Samples that
+    are not ``finite`` ``(B,)`` bool (None: all are) end NONFINITE with zeros.
 
     Raises:
         BackendError: an explicit backend or precision that cannot be had, for the adjoint as well
             where a gradient is requested.
     """
+    c = injection
+    if finite is not None:
+        finite = finite.unsqueeze(1)
+        c = torch.where(finite, injection, torch.nan)  # every engine ends such samples at once
+        start = None if start is None else torch.where(finite, start, 0.0)
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
     if needs_grad and specs.options.gradient == "implicit":
-        specs.forward.engine(injection, weight, start)
-        specs.adjoint.engine(injection, weight, start)
-        outputs = AffineFixedPoint.apply(specs, activation, report, weight, injection, start)
-    else:
-        w, c = weight.detach(), injection.detach()
-        outputs = specs.forward.forward(w, c, start, activation, with_slope=False)
-    z = outputs[0]
+        specs.forward.engine(c, weight, start)
+        specs.adjoint.engine(c, weight, start)
+        z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start)
+        return z, specs.forward.solution(outputs, specs.structure.contraction)
+    outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False)
     solution = specs.forward.solution(outputs, specs.structure.contraction)
-    if needs_grad and specs.options.gradient == "one_step":
-        phi = ACTIVATIONS[activation].function
-        failed = solution.nonfinite.unsqueeze(1)
-        attached = one_step(lambda rows: phi(torch.addmm(injection, rows, weight.t())), z)
-        z = torch.where(failed, z, attached)
-    return z, solution
+    value = outputs[0]
+    if not needs_grad:
+        return value.clone(), solution  # what comes next may write to it
+    phi = ACTIVATIONS[activation].function
+    failed = solution.nonfinite.unsqueeze(1)
+    attached = one_step(lambda rows: phi(torch.addmm(injection, rows, weight.t())), value)
+    return torch.where(failed, value, attached), solution
+
+
+def linear_parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """U and b of a module that is nothing but ``U x + b``, with nobody listening; else None."""
+    if type(module) is not nn.Linear or _has_any_global_hook():
+        return None
+    own = module.__dict__
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    ):
+        return None
+    parameters = own["_parameters"]
+    weight = parameters.get("weight")
+    return None if weight is None or "bias" not in parameters else (weight, parameters["bias"])
+
+
+def plan_for(specs: Specs, weight: Tensor, activation: str) -> Any:
+    """The extension's ``AffinePlan`` for solves with ``weight`` ``(d, d)``, made once for each
+    dtype, size and activation; None where they have to go through Python."""
+    if _backward_is_compiled():
+        return None
+    key = (weight.dtype, weight.shape[0], activation, torch.is_grad_enabled())
+    if key not in specs.plans:
+        specs.plans[key] = _make_plan(specs, weight, *key[2:])
+    return specs.plans[key]
+
+
+def _backward_is_compiled() -> bool:
+    """Whether compiled autograd is on: it traces nodes in Python alone."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (
+        module.compiled_autograd_enabled or sys.modules["torch._dynamo"].config.compiled_autograd
+    )
+
+
+def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bool) -> Any:
+    # A symmetric weight that is packed for both directions is kept by a node in Python, which shows
+    # what it saves.
+    if (
+        extension.module is None
+        or weight.device.type != "cpu"
+        or weight.dtype not in (torch.float32, torch.float64)
+        or specs.structure.bitwise_symmetric
+        or specs.options.gradient != "implicit"
+    ):
+        return None
+    rows = weight.detach()
+    try:
+        sides = [specs.forward, *([specs.adjoint] if differentiable else [])]
+        if any(side.engine(rows) != "cpp" for side in sides):
+            return None
+    except (BackendError, ValueError):  # raised again by the path in Python, where it matters
+        return None
+    prepared = [(side.bitwise_symmetric, "cpp", *side.arguments) for side in sides]
+    return extension.module.AffinePlan(
+        size=len(weight),
+        dtype=weight.dtype,
+        activation=activation,
+        forward=prepared[0],
+        adjoint=prepared[1] if differentiable else None,
+        forward_spec=sides[0],
+        adjoint_spec=sides[-1],
+        contraction=specs.structure.contraction,
+        backward=_backward,
+    )
+
+
+def _backward(
+    spec: SolveSpec,
+    record: Any,
+    activation: str,
+    needed: tuple[bool, bool, bool, bool],
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    z: Tensor,
+    status: Tensor,
+    slope: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of W, x, U and b for the extension's node, by operations that can be
+    differentiated again and batched."""
+    weight, x, input_weight, bias = inputs
+    c = nn.functional.linear(x, input_weight, bias)
+    grad_weight, q = affine_gradients(
+        spec, activation, record.receive_adjoint, needed[0], weight, c, z, status, slope, None, grad
+    )
+    return (
+        grad_weight,
+        q @ input_weight if needed[1] else None,
+        q.t() @ x if needed[2] else None,
+        q.sum(0) if needed[3] and bias is not None else None,
+    )

@@ -161,7 +161,11 @@ def one_step(f: Map, z: Tensor) -> Tensor:
 
 
 class AffineFixedPoint(Function):
-    """``z = phi(z W^T + c)`` from a start: z and the other outputs of the operator."""
+    """``z = phi(z W^T + c)`` from a start: z twice, and the other outputs of the operator.
+
+    The first z is for the caller, who may write to it; the second is what the operator returned and
+    what is saved. Both are differentiable, so that a derivative of the gradient finds its way back.
+    """
 
     @staticmethod
     def forward(
@@ -179,29 +183,55 @@ class AffineFixedPoint(Function):
         ctx.save_for_backward(weight, c, z, status, slope, packed)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return outputs
+        return z.clone(), *outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_saved: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        if grad_saved is not None:
+            grad = grad_saved if grad is None else grad + grad_saved
         if grad is None:
             return (None,) * 6
         weight, c, z, status, slope, packed = ctx.saved_tensors
-        dtype = slope.dtype
-        w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
-        if not torch.is_grad_enabled():
-            q, grad_weight = ctx.spec.adjoint(w, slope, g, packed, ctx.report), None
-            if ctx.needs_input_grad[3]:
-                with _without_autocast(z.device.type):
-                    grad_weight = torch.mm(q.t(), at).to(weight.dtype)
-            return None, None, None, grad_weight, q.to(c.dtype), None
-        # A derivative of this gradient needs D as a function of what it depends on.
-        with _without_autocast(z.device.type):
-            failed = (status == int(Status.NONFINITE)).unsqueeze(1)
-            pre = torch.addmm(c.to(dtype), at, w.t())
-            slope = ACTIVATIONS[ctx.activation].slope(torch.where(failed, 0.0, pre))
-            q = LinearSolve.apply(ctx.spec, ctx.report, w, slope, torch.where(failed, 0.0, g))
-            grad_weight = (q.t() @ at).to(weight.dtype) if ctx.needs_input_grad[3] else None
-        return None, None, None, grad_weight, q.to(c.dtype), None
+        how = (ctx.spec, ctx.activation, ctx.report, ctx.needs_input_grad[3])
+        grad_weight, grad_c = affine_gradients(*how, weight, c, z, status, slope, packed, grad)
+        return None, None, None, grad_weight, grad_c, None
+
+
+def affine_gradients(
+    spec: SolveSpec,
+    activation: str,
+    report: Report,
+    needs_weight: bool,
+    weight: Tensor,
+    c: Tensor,
+    z: Tensor,
+    status: Tensor,
+    slope: Tensor,
+    packed: Tensor | None,
+    grad: Tensor,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of W (None unless it is needed) and of c for the gradient ``(B, d)`` of
+    ``z = phi(z W^T + c)``, differentiable again where grad mode is on."""
+    dtype = slope.dtype
+    w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
+    grad_weight = None
+    if not torch.is_grad_enabled():
+        q = spec.adjoint(w, slope, g, packed, report)
+        if needs_weight:
+            with _without_autocast(z.device.type):
+                grad_weight = torch.mm(q.t(), at).to(weight.dtype)
+        return grad_weight, q.to(c.dtype)
+    # A derivative of this gradient needs D as a function of what it depends on.
+    with _without_autocast(z.device.type):
+        failed = (status == int(Status.NONFINITE)).unsqueeze(1)
+        pre = torch.addmm(c.to(dtype), at, w.t())
+        slope = ACTIVATIONS[activation].slope(torch.where(failed, 0.0, pre))
+        q = LinearSolve.apply(spec, report, w, slope, torch.where(failed, 0.0, g))
+        if needs_weight:
+            grad_weight = (q.t() @ at).to(weight.dtype)
+    return grad_weight, q.to(c.dtype)
 
 
 class LinearSolve(Function):

@@ -101,7 +101,7 @@ class SolveSpec:
         operator = torch.ops.fastdeq.solve_affine_adjoint.default
         tensors = (weight, slope, grad, packed, self.bitwise_symmetric)
         outputs = operator(*tensors, engine, *self.arguments)
-        if not torch.compiler.is_compiling():  # a traced backward pass may not touch the layer
+        if not _is_traced(outputs[0]):  # a traced backward pass may not touch the layer
             report(self.solution(outputs))
         q: Tensor = outputs[0]
         return q
@@ -113,13 +113,13 @@ class SolveSpec:
         found = (value.detach(), status, iterations, residual, counters, contraction)
         return Solution(*found, solver=self.solver)
 
-    def iterate(
-        self,
-        f: Callable[[Tensor], Tensor],
-        start: Tensor,
-        value: Any,
-    ) -> Solution:
-        """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known."""
+    def iterate(self, f: Callable[[Tensor], Tensor], start: Tensor, value: Any) -> Solution:
+        """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known.
+
+        Rows without numbers, fake or on the meta device, are evaluated once: for shapes.
+        """
+        if _has_no_numbers(start):
+            return self._shapes(f(start) if value is None else value)
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
             traced = Traced(self.solver, self.options.max_iter)
@@ -138,6 +138,37 @@ class SolveSpec:
         trend = traced and traced.trend
         return replace(solution, solver=self.solver, trend=trend)
 
+    def _shapes(self, rows: Tensor) -> Solution:
+        count = rows.new_empty(len(rows), dtype=torch.int32)
+        return Solution(
+            torch.empty_like(rows),
+            rows.new_empty(len(rows), dtype=torch.int8),
+            count,
+            rows.new_empty(len(rows)),
+            {name: count.clone() for name in self.solver.rejects},
+        )
+
+
+def _is_traced(rows: Tensor) -> bool:
+    """Whether rows stand for others in a graph that is being recorded."""
+    if torch.compiler.is_compiling():
+        return True
+    if type(rows) is Tensor:
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # slow to import
+
+    return get_proxy_mode() is not None
+
+
+def _has_no_numbers(rows: Tensor) -> bool:
+    """Whether rows are fake or on the meta device. Not while a graph is recorded, which has to
+    contain the iteration."""
+    if type(rows) is Tensor or _is_traced(rows):
+        return rows.device.type == "meta"
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(rows, FakeTensor) or rows.device.type == "meta"
+
 
 class Specs:
     """A solve and its adjoint for a map of ``structure``, the latter made when it is first needed.
@@ -152,6 +183,8 @@ class Specs:
         limits = {"tol": options.tol, "atol": options.atol, "max_iter": options.max_iter}
         self.forward = self._spec("solve", solver, limits)
         self._adjoint: SolveSpec | None = None
+        self.plans: dict[Any, Any] = {}
+        """What the compiled extension has prepared; see ``affine.plan_for``."""
 
     @property
     def adjoint(self) -> SolveSpec:

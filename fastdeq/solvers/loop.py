@@ -40,16 +40,17 @@ def finite_rows(start: Tensor) -> Tensor:
     return torch.where(start.isfinite().all(1, keepdim=True), start, 0.0)
 
 
-def row_norms(rows: Tensor) -> Tensor:
+def _norms(difference: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """2-norms ``(B,)`` of rows ``(B, n)``, also where squares of the entries leave the dtype."""
-    if rows.dtype == torch.float64:
-        return torch.linalg.vector_norm(rows, dim=1)
-    if rows.device.type == "cuda":  # the kernel widens entry by entry
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).to(rows.dtype)
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    if not math.isfinite(norms.sum().item()):
-        norms = torch.linalg.vector_norm(rows.double(), dim=1).to(rows.dtype)
-    return norms
+    rows, dtype = (difference, value), value.dtype
+    wide = value.device.type == "cuda"  # its kernel widens entry by entry
+    if not wide or dtype == torch.float64:
+        norm, size = (torch.linalg.vector_norm(r, dim=1) for r in rows)
+        looks = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not looks or dtype == torch.float64 or math.isfinite((norm + size).sum().item()):
+            return norm, size
+    norm, size = (torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in rows)
+    return norm.to(dtype), size.to(dtype)
 
 
 class Residual(NamedTuple):
@@ -66,13 +67,14 @@ def _residual(
     value: Tensor, point: Tensor, tol: float, atol: float, parts: Sequence[int] | None
 ) -> Residual:
     difference = value - point
-    norm, size = row_norms(difference), row_norms(value)
+    norm, size = _norms(difference, value)
     if parts is None:
         relative = norm / (size + RESIDUAL_EPS)
         limit: Tensor | float = tol + atol / (size + RESIDUAL_EPS) if atol else tol
     else:  # that of the part which is furthest from its limit
-        norms = torch.stack([row_norms(p) for p in difference.split(parts, 1)], 1)
-        sizes = torch.stack([row_norms(p) for p in value.split(parts, 1)], 1) + RESIDUAL_EPS
+        pairs = zip(difference.split(parts, 1), value.split(parts, 1), strict=True)
+        norms, sizes = (torch.stack(x, 1) for x in zip(*(_norms(*p) for p in pairs), strict=True))
+        sizes = sizes + RESIDUAL_EPS
         ratios, limits = norms / sizes, tol + atol / sizes
         worst = (ratios - limits).argmax(1, keepdim=True)
         relative, limit = ratios.gather(1, worst)[:, 0], limits.gather(1, worst)[:, 0]

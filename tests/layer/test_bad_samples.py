@@ -4,6 +4,7 @@ import pytest
 import torch
 from layer_cases import every_solver
 
+import fastdeq.layer as layer_module
 from fastdeq import (
     AffineCell,
     Anderson,
@@ -178,3 +179,55 @@ def test_counters_stop_when_their_sample_stops():
     assert solution.iterations[1] > 4
     assert all(int(count[0]) == 0 for count in solution.rejects.values())
     assert solution.rejects["rank_cut"][1] > 0
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "one_step"])
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("start", [None, 0.3])
+@pytest.mark.parametrize("activation", ["tanh", "hardtanh", "softplus"])
+def test_fused_samples_are_set_aside_without_a_look_at_the_input(
+    monkeypatch, gradient, poison, start, activation
+):
+    """As on a GPU, where nothing is read before the solve."""
+    cell = AffineCell(4, 7, activation=activation, weight="orthogonal", scale=0.4)
+    layer = DEQLayer(cell, gradient=gradient, on_failure="ignore")
+    x = torch.randn(5, 4)
+    x[3, 1] = poison
+    z0 = None if start is None else torch.full((5, 7), start)
+    found = []
+    for looks in (True, False):
+        with monkeypatch.context() as patch:
+            if not looks:
+                patch.setattr(layer_module, "plan_for", lambda *_: None)
+                patch.setattr(layer_module, "_is_surely_finite", lambda x: False)
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            z = layer(leaf, z0=z0)
+            z.sum().backward()
+            found.append((z, leaf.grad, *(p.grad for p in layer.parameters())))
+            solution = layer.last_solution
+            assert solution.status.tolist() == [0, 0, 0, Status.NONFINITE, 0]
+            assert (solution.iterations[3], solution.residual[3]) == (0, torch.inf)
+            assert (z[3] == 0).all()
+            assert (leaf.grad[3] == 0).all()
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+def test_hooks_on_the_input_map_are_run():
+    cell = AffineCell(4, 7, scale=0.4)
+    layer = DEQLayer(cell)
+    x = torch.randn(5, 4)
+    plain = layer(x)
+    handle = cell.injection.register_forward_hook(lambda module, args, out: 2 * out)
+    doubled = layer(x)
+    handle.remove()
+    assert not torch.equal(plain, doubled)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    layer(x)
+    handle.remove()
+    assert len(seen) >= 2  # the input map and the layer at least
+    cell.injection.forward = lambda x: torch.zeros(len(x), 7)
+    assert (layer(x) == 0).all()
