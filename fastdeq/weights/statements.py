@@ -42,7 +42,7 @@ class _Family(NamedTuple):
 
 
 def _family(kind: type[Structured], map_kind: type[nn.Module], *names: str) -> _Family:
-    return _Family(tuple((n, getattr(kind, n)) for n in ("__call__", "forward", *names)), map_kind)
+    return _Family(tuple((n, getattr(kind, n)) for n in ("forward", *names)), map_kind)
 
 
 _FAMILIES: dict[type[Structured], _Family] = {
@@ -88,6 +88,8 @@ def _of_family(weight: Any, family: type[Structured]) -> Statement:
 
 def _computes_like(weight: nn.Module, family: _Family) -> bool:
     kind = type(weight)
+    if kind.__call__ is not nn.Module.__call__:  # compared now: torch.export replaces that one
+        return False
     for name, method in family.methods:
         if getattr(kind, name) is not method:
             return False
