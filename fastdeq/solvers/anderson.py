@@ -132,22 +132,25 @@ class Anderson(CheckedOptions):
             self.rank_tolerance,
             self.max_weight,
         )
-        plain = value if self.damping == 1.0 else point + self.damping * (value - point)
-        following = torch.where(state.refills.unsqueeze(1), plain, mixed)
         # The plain step from the trusted point stands in for a step taken back.
-        following = torch.where(column, state.trusted_value, following)
+        held = back | state.refills
         state.trusted_value = torch.where(column, state.trusted_value, value)
         state.trusted_norm = torch.where(back, state.trusted_norm, norm)
+        plain = state.trusted_value
+        if self.damping != 1.0:
+            damped = point + self.damping * (value - point)
+            plain = torch.where(column, state.trusted_value, damped)
+        following = torch.where(held.unsqueeze(1), plain, mixed)
 
         state.safeguard += back & running
-        mixes = running & finite & ~back & ~state.refills
+        mixes = running & finite & ~held
         state.weight_cap += rejected & mixes
         state.rank_cut += (dropped > 0) & mixes
-        state.accelerated = ~back & ~rejected & ~state.refills & (state.count > 0)
+        state.accelerated = ~held & ~rejected & (state.count > 0)
         # The history restarts after a step taken back; its newest entry is not counted either.
         forget = back | state.plain
         state.count = torch.where(forget, 0, (state.count + 1).clamp(max=self.window))
-        state.refills = back | (state.refills & (state.count < self.window))
+        state.refills = held & (state.count < self.window)
         state.slot = (state.slot + 1) % (self.window + 1)
         return Step(following, None, ~finite & ~back)
 

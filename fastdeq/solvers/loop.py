@@ -40,45 +40,53 @@ def finite_rows(start: Tensor) -> Tensor:
     return torch.where(start.isfinite().all(1, keepdim=True), start, 0.0)
 
 
-def _norms(difference: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """2-norms ``(B,)`` of rows ``(B, n)``, also where squares of the entries leave the dtype."""
+def _norms(difference: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """2-norms ``(B,)`` of rows ``(B, n)``, also where squares of the entries leave the dtype; and
+    whether it is known that all are finite."""
     rows, dtype = (difference, value), value.dtype
-    wide = value.device.type == "cuda"  # its kernel widens entry by entry
-    if not wide or dtype == torch.float64:
+    looks = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if value.device.type != "cuda" or dtype == torch.float64:
         norm, size = (torch.linalg.vector_norm(r, dim=1) for r in rows)
-        looks = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not looks or dtype == torch.float64 or math.isfinite((norm + size).sum().item()):
-            return norm, size
+        if looks and math.isfinite((norm + size).sum().item()):
+            return norm, size, True
+        if not looks or dtype == torch.float64:
+            return norm, size, False
+    # A CUDA kernel widens entry by entry.
     norm, size = (torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in rows)
-    return norm.to(dtype), size.to(dtype)
+    return norm.to(dtype), size.to(dtype), False
 
 
 class Residual(NamedTuple):
-    """Of an evaluation ``(B,)``: ``|f(z) - z|``, the same relative to ``|f(z)|``, and the relative
-    residual at which the sample has converged. ``relative`` is NaN where ``|f(z)|`` overflows: next
-    to infinity every residual would be small."""
+    """Of an evaluation ``(B,)``: ``|f(z) - z|``, the same relative to ``|f(z)|``, the relative
+    residual at which the sample has converged, and whether all are surely finite. ``relative`` is
+    NaN where ``|f(z)|`` overflows: next to infinity every residual would be small."""
 
     norm: Tensor
     relative: Tensor
     limit: Tensor | float
+    finite: bool
 
 
 def _residual(
     value: Tensor, point: Tensor, tol: float, atol: float, parts: Sequence[int] | None
 ) -> Residual:
     difference = value - point
-    norm, size = _norms(difference, value)
+    norm, size, finite = _norms(difference, value)
+    size = size + RESIDUAL_EPS
+    limit: Tensor | float = tol + atol / size if atol else tol
     if parts is None:
-        relative = norm / (size + RESIDUAL_EPS)
-        limit: Tensor | float = tol + atol / (size + RESIDUAL_EPS) if atol else tol
+        relative = norm / size
     else:  # that of the part which is furthest from its limit
         pairs = zip(difference.split(parts, 1), value.split(parts, 1), strict=True)
-        norms, sizes = (torch.stack(x, 1) for x in zip(*(_norms(*p) for p in pairs), strict=True))
-        sizes = sizes + RESIDUAL_EPS
-        ratios, limits = norms / sizes, tol + atol / sizes
+        norms = [_norms(*pair)[:2] for pair in pairs]
+        ratios = torch.stack([n / (s + RESIDUAL_EPS) for n, s in norms], 1)
+        limits = torch.stack([tol + atol / (s + RESIDUAL_EPS) for _, s in norms], 1)
         worst = (ratios - limits).argmax(1, keepdim=True)
-        relative, limit = ratios.gather(1, worst)[:, 0], limits.gather(1, worst)[:, 0]
-    return Residual(norm, torch.where(size < torch.inf, relative, torch.nan), limit)
+        relative = ratios.gather(1, worst)[:, 0]
+        limit = limits.gather(1, worst)[:, 0] if atol else tol
+    if not finite:
+        relative = torch.where(size < torch.inf, relative, torch.nan)
+    return Residual(norm, relative, limit, finite)
 
 
 def solve(
@@ -123,7 +131,7 @@ def solve(
     idle = torch.zeros_like(iterations)  # iterates in a row that were not the best so far
     running = torch.ones(batch, dtype=torch.bool, device=point.device)
     judged = running  # running samples whose point is an iterate
-    converged = ~running  # samples whose best iterate meets the tolerance
+    best_limit: Tensor | float = tol  # the best iterate meets the tolerance where it is below that
     patience = scaled_patience(solver.patience, max_iter) if patience is None else patience
     half = max(patience // 2, 1)
     floor = ROUNDING_FLOOR * torch.finfo(point.dtype).eps
@@ -136,20 +144,22 @@ def solve(
         max_iter = -1
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
-        norm, relative, limit = _residual(value, point, tol, atol, parts)
+        norm, relative, limit, finite = _residual(value, point, tol, atol, parts)
 
         # Comparisons with NaN are false.
-        meets = relative <= limit
-        improved = judged & ((relative < best_residual) | ((norm < least) & relative.isfinite()))
-        improved = improved & (meets | ~converged)
+        lower = norm < least if finite else (norm < least) & relative.isfinite()
+        improved = judged & ((relative < best_residual) | lower)
+        if fixed:  # what meets the tolerance gives way to nothing else
+            improved = improved & ((relative <= limit) | (best_residual > best_limit))
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
-        least = torch.where(improved, torch.minimum(norm, least), least)
-        converged = converged | (improved & meets)
+        if isinstance(limit, Tensor):
+            best_limit = torch.where(improved, limit, best_limit)
         idle = torch.where(improved, 0, idle + judged)
-        half_now = torch.where(judged, torch.fmin(norm, half_now), half_now)
+        seen = norm if judged is running else torch.where(judged, norm, torch.inf)
+        least, half_now = torch.fmin(seen, least), torch.fmin(seen, half_now)
         if not fixed:
-            running = running & ~converged
+            running = running & (best_residual > best_limit)
         if k == max_iter or (not fixed and not flag.goes_on(running.any())):
             break
 
@@ -177,7 +187,7 @@ def solve(
         judged = running if step.iterate is None else running & step.iterate
         iterations = iterations + running
 
-    status = torch.where(converged, _CONVERGED, status)
+    status = torch.where(best_residual <= best_limit, _CONVERGED, status)
     return Solution(
         best,
         status,
