@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
-from .errors import BackendError
+from .errors import BackendError, ExtensionWarning
 from .functional import fixed_point
 from .layer import DEQLayer
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
@@ -27,6 +27,7 @@ __all__ = [
     "DEQLayer",
     "Dense",
     "Energy",
+    "ExtensionWarning",
     "HeavyBall",
     "Neumann",
     "Orthogonal",

@@ -1,4 +1,4 @@
-"""Errors at the public edge: misspelt names and options, and backends that cannot be had."""
+"""Errors and warnings at the public edge: misspelt names and options, missing backends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping
 
 class BackendError(RuntimeError):
     """An explicitly requested backend cannot run here; the message says why and what can."""
+
+
+class ExtensionWarning(UserWarning):
+    """The compiled extension is missing, so solves on the CPU are slow; the message says why."""
 
 
 def _hint(given: object, valid: list[str]) -> str:
