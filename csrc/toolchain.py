@@ -123,7 +123,8 @@ def why_no_cuda(torch_cuda: str | None, home: str | None) -> str:
         return f"{nvcc} did not run when fastdeq was installed"
     if release[1] != torch_cuda.split(".")[0]:  # as torch does: other minor versions will do
         return f"torch is built with CUDA {torch_cuda}, and {nvcc} is {'.'.join(release.groups())}"
-    if not any(Path(home).glob(f"{folder}include/cuda_runtime.h") for folder in ("", "targets/*/")):
+    headers = "include/cuda_runtime.h"
+    if not [*Path(home).glob(headers), *Path(home).glob(f"targets/*/{headers}")]:
         return f"there were no CUDA headers in {home} when fastdeq was installed (set CUDA_HOME)"
     return ""
 
