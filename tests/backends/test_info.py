@@ -100,7 +100,7 @@ def test_report_says_why_there_are_no_cuda_sources(monkeypatch):
     monkeypatch.setattr(extension, "build_record", {"why_no_cuda": reason})
     assert line_of("CUDA sources") == f"left out: {reason}"
     assert reason in line_of('backend="cuda"')
-    with pytest.raises(fastdeq.BackendError, match="CUDA 13.2, and"):
+    with pytest.raises(fastdeq.BackendError, match="is built with CUDA"):
         check_device("cuda", "cuda")
 
 
