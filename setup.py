@@ -38,8 +38,9 @@ def use_compiler() -> None:
 
 
 def extension_arguments(record: dict) -> dict:
-    if not {"CUDA_HOME", "CUDA_PATH"} & set(os.environ) and toolchain.toolkit_of_nvcc():
-        os.environ["CUDA_HOME"] = toolchain.toolkit_of_nvcc()
+    toolkit = toolchain.toolkit_of_nvcc()
+    if toolkit and not {"CUDA_HOME", "CUDA_PATH"} & set(os.environ):
+        os.environ["CUDA_HOME"] = toolkit
     try:
         import torch
         from torch.utils import cpp_extension

@@ -95,13 +95,21 @@ def cpu_targets(command: list[str], wanted: str) -> list[str]:
     return ["avx2"] if {"__AVX2__", "__FMA__"} <= set(macros) else []
 
 
+def _has_headers(home: str) -> bool:
+    headers = "include/cuda_runtime.h"
+    return bool([*Path(home).glob(headers), *Path(home).glob(f"targets/*/{headers}")])
+
+
 def toolkit_of_nvcc() -> str | None:
-    """The folder of the CUDA toolkit that the ``nvcc`` on the PATH is of, as it says itself: it may
-    be a link or a script in a folder without headers, next to which torch would look for them."""
+    """The folder of the CUDA toolkit that the ``nvcc`` on the PATH is of: the one that it is in, as
+    torch takes it, if it has headers; for a link or a script, the one that nvcc names."""
     nvcc = shutil.which("nvcc")
-    said = output_of([nvcc, "--dryrun", "-x", "cu", os.devnull]) if nvcc else ""
+    if nvcc is None:
+        return None
+    said = output_of([nvcc, "--dryrun", "-x", "cu", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    return os.path.realpath(top[1].strip()) if top else None
+    homes = [os.path.dirname(os.path.dirname(nvcc)), *([os.path.realpath(top[1])] if top else [])]
+    return next((home for home in homes if _has_headers(home)), None)
 
 
 def why_no_cuda(torch_cuda: str | None, home: str | None) -> str:
@@ -123,8 +131,7 @@ def why_no_cuda(torch_cuda: str | None, home: str | None) -> str:
         return f"{nvcc} did not run when fastdeq was installed"
     if release[1] != torch_cuda.split(".")[0]:  # as torch does: other minor versions will do
         return f"torch is built with CUDA {torch_cuda}, and {nvcc} is {'.'.join(release.groups())}"
-    headers = "include/cuda_runtime.h"
-    if not [*Path(home).glob(headers), *Path(home).glob(f"targets/*/{headers}")]:
+    if not _has_headers(home):
         return f"there were no CUDA headers in {home} when fastdeq was installed (set CUDA_HOME)"
     return ""
 
