@@ -108,7 +108,8 @@ def toolkit_of_nvcc() -> str | None:
         return None
     said = output_of([nvcc, "--dryrun", "-x", "cu", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    homes = [os.path.dirname(os.path.dirname(nvcc)), *([os.path.realpath(top[1])] if top else [])]
+    homes = [os.path.dirname(os.path.dirname(path)) for path in (nvcc, os.path.realpath(nvcc))]
+    homes += [os.path.realpath(top[1])] if top else []
     return next((home for home in homes if _has_headers(home)), None)
 
 

@@ -142,6 +142,10 @@ def test_toolkit_behind_a_script_on_the_path(tmp_path, monkeypatch):
     program(tmp_path / "bin" / "nvcc", f'exec {home}/bin/nvcc "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert toolchain.toolkit_of_nvcc() == os.path.realpath(home)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "nvcc").symlink_to(home / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'link'}:{os.environ['PATH']}")
+    assert toolchain.toolkit_of_nvcc() == str(home)
     # The distribution's own, whose headers are not where it says.
     usr = toolkit(tmp_path / "usr", nvcc=f"echo '#$ TOP={tmp_path}/lib' >&2")
     monkeypatch.setenv("PATH", f"{usr}/bin:{os.environ['PATH']}")
