@@ -118,11 +118,11 @@ def no_library(path):
 )
 def test_extension_for_another_torch(source, write, reason):
     write(source / "fastdeq" / EXTENSION)
-    record(source, torch="2.11.0+cu130", on_purpose=False)
+    record(source, torch="2.99.0+cu130", on_purpose=False)
     message = message_of(first_solves(source))
     assert "it failed to load" in message
     assert reason in message
-    assert f"built against torch 2.11.0+cu130, and this is {torch.__version__}" in message
+    assert f"built against torch 2.99.0+cu130, and this is {torch.__version__}" in message
     assert "--force-reinstall" in message
 
 
