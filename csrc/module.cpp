@@ -96,11 +96,14 @@ void watch_signals() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  namespace py = pybind11;
   m.doc() = "Compiled operators of fastdeq.";
   watch_signals();
   m.def("build_info", &build_info, "How the extension was built.");
   m.def("constants", &constants, "The numbers of fastdeq/constants.py, as compiled.");
-  m.def("why_not_persistent", &why_not_persistent,
+  m.def("why_not_persistent", &why_not_persistent, py::arg("size"), py::arg("batch"),
+        py::arg("element_bytes"), py::arg("window"), py::arg("multiprocessors"),
+        py::arg("shared_bytes"),
         "Why the persistent CUDA engine cannot hold a solve; empty where it can.");
   fastdeq::bind_affine_node(m);
 }

@@ -19,6 +19,10 @@ class BackendError(RuntimeError):
     """An explicitly requested backend cannot run here; the message says why and what can."""
 
 
+class ExtensionWarning(UserWarning):
+    """The compiled extension is missing, so solves on the CPU are slow; the message says why."""
+
+
 def _hint(given: object, valid: list[str]) -> str:
     near = difflib.get_close_matches(str(given), valid, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

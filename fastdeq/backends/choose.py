@@ -86,14 +86,20 @@ def why_not_device(backend: str, device_type: str) -> str:
     if backend == "cpp":
         return f"the extension is missing: {extension.why_missing}" if extension.why_missing else ""
     if backend == "cuda":
-        return "" if extension.has_cuda else "the extension was built without CUDA sources"
+        return "" if extension.has_cuda else extension.why_no_cuda()
     return triton_missing() if backend == "triton" else ""
+
+
+def _warn_if_slow(backend: str, device_type: str) -> None:
+    if backend == "auto" and device_type == "cpu":
+        extension.warn_if_missing()
 
 
 def check_device(backend: str, device_type: str) -> None:
     """Raises ValueError for an unknown backend, BackendError for one without anything for tensors
-    on ``device_type``."""
+    on ``device_type``; warns where the extension is missed."""
     check_choice(backend, BACKENDS, "backend")
+    _warn_if_slow(backend, device_type)
     reason = why_not_device(backend, device_type)
     if reason:
         usable = [repr(b) for b in BACKENDS if not why_not_device(b, device_type)]
@@ -212,13 +218,14 @@ def choose_engine(request: Request) -> Choice:
 
 
 def require_engine(request: Request, what: str = "solve") -> str:
-    """The name of the engine for ``request``.
+    """The name of the engine for ``request``; warns where the extension is missed.
 
     Raises:
         BackendError: there is none; the message has every engine's reason, and what there is.
     """
     engine, reasons = choose_engine(request)
     if engine is not None:
+        _warn_if_slow(request.backend, request.device_type)
         return engine
     mixed = request.options.precision == "mixed"
     asked = [f"backend={request.backend!r}"] if request.backend != "auto" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 
@@ -26,13 +27,13 @@ def _extension() -> str:
 
 
 def _cuda_sources() -> str:
+    record = extension.build_record
     if extension.has_cuda:
-        return "compiled in"
+        architectures = record.get("architectures")
+        return f"compiled in, for {architectures}" if architectures else "compiled in"
     if extension.module is None:
         return "missing with the extension"
-    if torch.version.cuda is None:
-        return "left out: this torch is built without CUDA"
-    return "left out: nvcc was not found when fastdeq was installed"
+    return f"left out: {record.get('why_no_cuda') or 'why was not recorded'}"
 
 
 def _triton() -> str:
@@ -70,7 +71,7 @@ def report(version: str) -> str:
         "its threads": extension.build_info.get("threads", "missing with the extension"),
         "CUDA sources": _cuda_sources(),
         "Triton": _triton(),
-        "compiler": shutil.which("c++") or "none found on PATH",
+        "compiler": os.environ.get("CXX") or shutil.which("c++") or "none found on PATH",
         "nvcc": shutil.which("nvcc") or "none found on PATH",
         "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "GPU": _gpu(),

@@ -94,6 +94,15 @@ class TestWithTheCudaEngine:
         assert "does not fit" in reasons(request_for(4096, 2, backend="cuda"))
 
 
+@pytest.mark.skipif(extension.module is None, reason="no extension here")
+def test_the_extension_itself_says_what_fits(monkeypatch):
+    """No stand-in: its plans are compiled in with and without the CUDA sources."""
+    monkeypatch.setattr(extension, "has_cuda", True)
+    for size, batch, solver in ((64, 32, Picard()), (250, 9, Anderson()), (1000, 100, Picard())):
+        assert choose_engine(request_for(size, batch, solver)).engine == "persistent"
+    assert "does not fit" in reasons(request_for(5000, 2, backend="cuda"))
+
+
 @pytest.mark.usefixtures("without_triton")
 @pytest.mark.skipif(extension.has_cuda, reason="the extension has the CUDA engine")
 def test_without_any_engine_there_is_the_reference_and_a_requested_backend_raises():

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import fastdeq
 from fastdeq.backends import extension, report
+from fastdeq.backends.choose import check_device
 
 
 def run(*arguments):
@@ -80,6 +82,29 @@ def test_import_pulls_in_nothing_optional():
 
 def test_report_names_the_mismatch_of_versions(monkeypatch):
     monkeypatch.setattr(extension, "module", object())
-    built = {"compiler": "gcc", "torch": "2.11.0", "cuda": "no"}
+    built = {"compiler": "gcc", "torch": "2.99.0", "cuda": "no"}
     monkeypatch.setattr(extension, "build_info", built)
-    assert "built against torch 2.11.0 but running" in report.report("1")
+    assert "built against torch 2.99.0 but running" in report.report("1")
+
+
+def line_of(name):
+    (line,) = [line for line in report.report("1").splitlines() if line.startswith(name)]
+    return line.removeprefix(name).strip()
+
+
+def test_report_says_why_there_are_no_cuda_sources(monkeypatch):
+    monkeypatch.setattr(extension, "module", object())
+    monkeypatch.setattr(extension, "has_cuda", False)
+    monkeypatch.setattr(extension, "build_info", {"compiler": "gcc", "torch": torch.__version__})
+    reason = "torch is built with CUDA 13.2, and /opt/cuda/bin/nvcc is 12.4"
+    monkeypatch.setattr(extension, "build_record", {"why_no_cuda": reason})
+    assert line_of("CUDA sources") == f"left out: {reason}"
+    assert reason in line_of('backend="cuda"')
+    with pytest.raises(fastdeq.BackendError, match="is built with CUDA"):
+        check_device("cuda", "cuda")
+
+
+def test_report_says_what_the_cuda_sources_are_for(monkeypatch):
+    monkeypatch.setattr(extension, "has_cuda", True)
+    monkeypatch.setattr(extension, "build_record", {"architectures": "8.0;9.0+PTX"})
+    assert line_of("CUDA sources") == "compiled in, for 8.0;9.0+PTX"

@@ -1,6 +1,7 @@
 """The persistent CUDA solver does not depend on the order of threads, and all of its waits are
 needed; how it is laid out on real devices."""
 
+import re
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from cuda_persistent_emulation import (
 )
 from engine_cases import make_adjoint, make_forward
 
+from fastdeq.backends import extension
 from fastdeq.solvers import Anderson, HeavyBall, Picard
 
 pytestmark = pytest.mark.skipif(
@@ -109,3 +111,27 @@ def test_what_fits_on_known_devices(emulation):
             emulation.plan_for(size, 8, dtype, device)
     with pytest.raises(EmulationError, match="with an Anderson window of 1000 does not fit"):
         emulation.plan_for(64, 8, torch.float32, H100, window=1000)
+
+
+@pytest.mark.skipif(extension.module is None, reason="no extension here")
+@pytest.mark.parametrize("device", [A100, H100, Device(46, 99 * 1024, 8)], ids=str)
+def test_the_extension_makes_the_same_plans(emulation, device):
+    """As compiled for a GPU, where it is, it refuses what the emulated one refuses."""
+    refused = 0
+    for size in (3, 190, 1024, 1500, 3000):
+        for dtype, window in ((torch.float32, 0), (torch.float32, 700), (torch.float64, 9)):
+            why_not = extension.module.why_not_persistent(
+                size=size,
+                batch=41,
+                element_bytes=dtype.itemsize,
+                window=window,
+                multiprocessors=device.multiprocessors,
+                shared_bytes=device.shared_bytes,
+            )
+            if not why_not:
+                emulation.plan_for(size, 41, dtype, device, window)
+                continue
+            with pytest.raises(EmulationError, match=re.escape(why_not)):
+                emulation.plan_for(size, 41, dtype, device, window)
+            refused += 1
+    assert 0 < refused < 15
