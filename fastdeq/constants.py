@@ -10,6 +10,10 @@ Numbers that belong to one implementation alone (tile sizes, grain sizes) stand 
 # A residual relative to a state of zeros is an absolute one: |f(z) - z| / (|f(z)| + RESIDUAL_EPS).
 RESIDUAL_EPS = 1e-9
 
+# States of norm max^SIZE_EXPONENT and more, max being the largest number of the dtype, count as
+# diverged: 7e30 in float32. Up to the largest number is room for the scale of a gradient.
+SIZE_EXPONENT = 0.8
+
 # Results of a solve, per sample; fastdeq.Status is made of them.
 STATUS_CONVERGED = 0
 STATUS_MAX_ITER = 1

@@ -5,6 +5,7 @@
 namespace fastdeq {
 
 constexpr double kResidualEps = 1e-09;
+constexpr double kSizeExponent = 0.8;
 constexpr int kStatusConverged = 0;
 constexpr int kStatusMaxIter = 1;
 constexpr int kStatusStagnated = 2;
@@ -52,6 +53,7 @@ struct NamedConstant {
 };
 constexpr NamedConstant kConstants[] = {
     {"RESIDUAL_EPS", kResidualEps},
+    {"SIZE_EXPONENT", kSizeExponent},
     {"STATUS_CONVERGED", kStatusConverged},
     {"STATUS_MAX_ITER", kStatusMaxIter},
     {"STATUS_STAGNATED", kStatusStagnated},

@@ -46,7 +46,7 @@ struct Decision {
 };
 
 struct Sample {
-  double norm, previous_norm;  // |value - point|, now and one evaluation before
+  double norm, previous_norm;        // |value - point|, now and one evaluation before
   double best_residual, least_norm;  // of the best iterate, relative; the least of those so far
   double half_now, half_before;      // least norms of this half of the patience and of the last
   int32_t iterations, idle;          // updates; verified iterates in a row that were not the best
@@ -80,13 +80,14 @@ FASTDEQ_HOST_DEVICE inline void reset(Sample& s, const SolveOptions& o) {
 }
 
 // From |value - point| and |value|, to be rounded to the dtype of the vectors.
-FASTDEQ_HOST_DEVICE inline double relative_residual(double norm, double size) {
+FASTDEQ_HOST_DEVICE inline double relative_residual(const SolveOptions& o, double norm,
+                                                    double size) {
   // Next to infinity every residual would be small.
-  return std::isfinite(size) ? norm / (size + kResidualEps) : double(NAN);
+  return size < o.largest_size ? norm / (size + kResidualEps) : double(NAN);
 }
 
-// The relative residual |r| / (|f| + eps) that |r| <= atol + tol (|f| + eps) allows, where |r| is the
-// norm and r/|f| the relative residual.
+// The relative residual |r| / (|f| + eps) that |r| <= atol + tol (|f| + eps) allows, where |r| is
+// the norm and r/|f| the relative residual.
 FASTDEQ_HOST_DEVICE inline double tolerance_at(const SolveOptions& o, double norm,
                                                double relative) {
   return o.atol > 0 && norm > 0 ? o.tol + o.atol * relative / norm : o.tol;
@@ -101,8 +102,8 @@ FASTDEQ_HOST_DEVICE inline Status status_of_failure(const Sample& s) {
   return s.converged ? Status::kConverged : Status::kNonfinite;
 }
 
-// Asked once after each full-precision evaluation of an iterate that does not end the solve: whether
-// the sample is to be given up. See fastdeq/solvers/loop.py.
+// Asked once after each full-precision evaluation of an iterate that does not end the solve:
+// whether the sample is to be given up. See fastdeq/solvers/loop.py.
 FASTDEQ_HOST_DEVICE inline bool is_out_of_patience(Sample& s, const SolveOptions& o) {
   if (o.fixed()) return false;
   if (s.iterations >= kPatience && s.idle >= kPatience && s.best_residual < o.floor) return true;

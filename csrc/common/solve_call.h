@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <limits>
 #include <string_view>
 
@@ -57,7 +58,9 @@ void fill_task(Task& task, SolveCall& call) {
   task.start = read(call.start);
   task.activation = call.activation;
   task.options = call.options;
-  task.options.floor = kRoundingFloor * double(std::numeric_limits<T>::epsilon());
+  using Limits = std::numeric_limits<T>;
+  task.options.floor = kRoundingFloor * double(Limits::epsilon());
+  task.options.largest_size = std::pow(double(Limits::max()), kSizeExponent);
   task.value = call.value.mutable_data_ptr<T>();
   task.status = call.status.mutable_data_ptr<int8_t>();
   task.iterations = call.iterations.mutable_data_ptr<int32_t>();

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/constants.h"
@@ -50,7 +51,9 @@ struct SolveOptions {
   double safeguard = 0;
   double accelerate_above = 0;
 
-  double floor = 0;  // the relative residual at which rounding may be all that is left; by dtype
+  // Of the dtype: the relative residual at which rounding may be all that is left, and the norm at
+  // which a state counts as diverged.
+  double floor = 0, largest_size = HUGE_VAL;
 
   FASTDEQ_HOST_DEVICE bool fixed() const { return fixed_iterations > 0; }
   // The most updates of a sample; exactly so many, without a stop test, where `fixed`.

@@ -26,10 +26,10 @@ class Worker {
   Worker(const SolveTask<T>& task, std::byte* scratch, bool looks)
       : task_(task),
         options_(task.options),
-        looks_(looks),
         full_epilogue_(epilogue_for<T, false>(task)),
         low_epilogue_(task.low_precision ? epilogue_for<T, true>(task) : nullptr),
-        symmetric_solver_(task) {
+        symmetric_solver_(task),
+        looks_(looks) {
     slots_ = reinterpret_cast<Slot<T>*>(scratch);
     scratch += align(task.slots * int64_t(sizeof(Slot<T>)));
     order_ = reinterpret_cast<int32_t*>(scratch);
@@ -169,7 +169,8 @@ class Worker {
       square_value += l.sums[kSums * panel + 1];
     }
     const double norm = __builtin_sqrt(square_difference);
-    const double relative = double(T(relative_residual(norm, __builtin_sqrt(square_value))));
+    const double relative =
+        double(T(relative_residual(options_, norm, __builtin_sqrt(square_value))));
     if (products != Products::kFull) {
       take_low_step(l, norm, relative);
       return false;

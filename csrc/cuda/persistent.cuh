@@ -223,7 +223,7 @@ class Member : MemberHistory<T, kRows, kColumns> {
     d.stop = true;
     if (s.active) {
       const double norm = sqrt(totals[0]), size = sqrt(totals[tile_rows()]);
-      const double relative = double(T(relative_residual(norm, size)));
+      const double relative = double(T(relative_residual(task_.options, norm, size)));
       Sample sample = s.sample;
       d = judge(sample, task_.options, norm, relative);
       s.sample = sample;

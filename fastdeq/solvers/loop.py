@@ -17,14 +17,19 @@ floor patience does not grow with the limit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..constants import PATIENCE, RESIDUAL_EPS, ROUNDING_FLOOR, STILL_FALLING
+from ..constants import (
+    PATIENCE,
+    RESIDUAL_EPS,
+    ROUNDING_FLOOR,
+    SIZE_EXPONENT,
+    STILL_FALLING,
+)
 from ..cuda_stream import DelayedFlag, is_capturing
 from ..solution import Solution, Status
 from .base import AffineMap, Problem, Solver
@@ -40,14 +45,14 @@ def finite_rows(start: Tensor) -> Tensor:
     return torch.where(start.isfinite().all(1, keepdim=True), start, 0.0)
 
 
-def _norms(difference: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _norms(difference: Tensor, value: Tensor, largest: float) -> tuple[Tensor, Tensor, bool]:
     """2-norms ``(B,)`` of rows ``(B, n)``, also where squares of the entries leave the dtype; and
-    whether it is known that all are finite."""
+    whether it is known that all are below ``largest``."""
     rows, dtype = (difference, value), value.dtype
     looks = value.device.type == "cpu" and not torch.compiler.is_compiling()
     if value.device.type != "cuda" or dtype == torch.float64:
         norm, size = (torch.linalg.vector_norm(r, dim=1) for r in rows)
-        if looks and math.isfinite((norm + size).sum().item()):
+        if looks and (norm + size).sum().item() < largest:
             return norm, size, True
         if not looks or dtype == torch.float64:
             return norm, size, False
@@ -59,7 +64,7 @@ def _norms(difference: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
 class Residual(NamedTuple):
     """Of an evaluation ``(B,)``: ``|f(z) - z|``, the same relative to ``|f(z)|``, the relative
     residual at which the sample has converged, and whether all are surely finite. ``relative`` is
-    NaN where ``|f(z)|`` overflows: next to infinity every residual would be small."""
+    NaN where ``|f(z)|`` is next to infinity: there every residual would be small."""
 
     norm: Tensor
     relative: Tensor
@@ -71,21 +76,22 @@ def _residual(
     value: Tensor, point: Tensor, tol: float, atol: float, parts: Sequence[int] | None
 ) -> Residual:
     difference = value - point
-    norm, size, finite = _norms(difference, value)
+    largest = torch.finfo(value.dtype).max ** SIZE_EXPONENT
+    norm, size, finite = _norms(difference, value, largest)
     size = size + RESIDUAL_EPS
     limit: Tensor | float = tol + atol / size if atol else tol
     if parts is None:
         relative = norm / size
     else:  # that of the part which is furthest from its limit
         pairs = zip(difference.split(parts, 1), value.split(parts, 1), strict=True)
-        norms = [_norms(*pair)[:2] for pair in pairs]
+        norms = [_norms(*pair, largest)[:2] for pair in pairs]
         ratios = torch.stack([n / (s + RESIDUAL_EPS) for n, s in norms], 1)
         limits = torch.stack([tol + atol / (s + RESIDUAL_EPS) for _, s in norms], 1)
         worst = (ratios - limits).argmax(1, keepdim=True)
         relative = ratios.gather(1, worst)[:, 0]
         limit = limits.gather(1, worst)[:, 0] if atol else tol
     if not finite:
-        relative = torch.where(size < torch.inf, relative, torch.nan)
+        relative = torch.where(size < largest, relative, torch.nan)
     return Residual(norm, relative, limit, finite)
 
 

@@ -42,6 +42,7 @@ NONFINITE = tl.constexpr(constants.STATUS_NONFINITE)
 RESIDUAL_EPS = tl.constexpr(constants.RESIDUAL_EPS)
 STILL_FALLING = tl.constexpr(constants.STILL_FALLING)
 PATIENCE = tl.constexpr(constants.PATIENCE)
+LARGEST_SIZE = tl.constexpr(torch.finfo(torch.float32).max ** constants.SIZE_EXPONENT)
 FLOOR = tl.constexpr(constants.ROUNDING_FLOOR * torch.finfo(torch.float32).eps)
 _INFINITY = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
@@ -82,7 +83,7 @@ def measure(sums, sample, tiles):
         size += value * value
     norm = tl.sqrt_rn(tl.sum(difference, axis=0)) / scale
     length = tl.sqrt_rn(tl.sum(size, axis=0)) / scale
-    return norm, tl.where(is_finite(length), norm / (length + RESIDUAL_EPS), _NAN)
+    return norm, tl.where(length < LARGEST_SIZE, norm / (length + RESIDUAL_EPS), _NAN)
 
 
 class Best(NamedTuple):

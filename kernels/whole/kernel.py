@@ -30,6 +30,7 @@ from ..activations import activate, activation_slope
 from ..steps.affine_tile import row_norm
 from ..steps.judge import (
     CONVERGED,
+    LARGEST_SIZE,
     NONFINITE,
     RESIDUAL_EPS,
     RUNNING,
@@ -181,7 +182,7 @@ def whole_kernel(
         size_norm = row_norm(value)
         # Next to infinity every residual would be small.
         running = status == RUNNING
-        sound = running & is_finite(size_norm)
+        sound = running & (size_norm < LARGEST_SIZE)
         relative = tl.where(sound, norm / (size_norm + RESIDUAL_EPS), float("nan"))
         limit = tolerance_at(tol, atol, norm, relative)
         improved, verified, judged = judge(verified, norm, relative, k, limit, max_iter, FIXED)

@@ -213,6 +213,7 @@ class Emulation:
                 atol=call.atol,
                 patience=call.patience,
                 floor=constants.ROUNDING_FLOOR * torch.finfo(dtype).eps,
+                largest_size=torch.finfo(dtype).max ** constants.SIZE_EXPONENT,
             ),
             multiprocessors=device.multiprocessors,
             warps=device.warps,

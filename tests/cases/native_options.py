@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 
 from fastdeq.solvers import Solver
 from fastdeq.solvers.solve_options import PRECISIONS, SolveOptions
@@ -17,7 +18,10 @@ FIELDS = tuple(f for f in dataclasses.fields(SolveOptions) if f.name != "restart
 
 
 class NativeOptions(ctypes.Structure):
-    _fields_ = (*((f.name, _TYPES[f.type]) for f in FIELDS), ("floor", ctypes.c_double))
+    _fields_ = (
+        *((f.name, _TYPES[f.type]) for f in FIELDS),
+        *((name, ctypes.c_double) for name in ("floor", "largest_size")),
+    )
 
 
 def native_options(
@@ -28,10 +32,11 @@ def native_options(
     atol: float = 0.0,
     patience: int | None = None,
     floor: float = 0.0,
+    largest_size: float = math.inf,
 ) -> NativeOptions:
     options = SolveOptions.of(solver, tol=tol, max_iter=max_iter, atol=atol, patience=patience)
     fields = {f.name: getattr(options, f.name) for f in FIELDS}
     fields["solver"] = _SOLVERS[options.solver]
     fields["precision"] = PRECISIONS.index(options.precision)
     fields["window"] = options.most_differences
-    return NativeOptions(floor=floor, **fields)
+    return NativeOptions(floor=floor, largest_size=largest_size, **fields)

@@ -159,10 +159,13 @@ def test_overflow_ends_nonfinite_with_the_best_finite_iterate(solver):
     case = Forward(1e4 * torch.eye(6), torch.rand(3, 6) + 0.5, "relu")
     call = call_for(torch.float32, solver, tol=1e-3)
     actual, expected = case.engine(call), case.reference(call)
-    assert torch.equal(actual.status, expected.status)
-    assert actual.value.isfinite().all()
-    assert actual.residual.isfinite().all()
-    torch.testing.assert_close(actual.residual, expected.residual)
+    for outputs in (actual, expected):
+        assert outputs.value.isfinite().all()
+        assert outputs.residual.isfinite().all()
+        assert (outputs.status >= Status.STAGNATED).all()
+    if isinstance(solver, Picard):  # rounding decides where a step is taken back from infinity to
+        assert torch.equal(actual.status, expected.status)
+        torch.testing.assert_close(actual.residual, expected.residual)
 
 
 # |f|^2 overflows an iterate before |f - z|^2 does: "finite / inf = 0" would end such a solve.

@@ -18,7 +18,7 @@ struct Record {
 
 Decision judge_one(Sample& s, const SolveOptions& o, double norm, double size, bool low,
                    PrecisionSchedule* schedule) {
-  const double relative = relative_residual(norm, size);
+  const double relative = relative_residual(o, norm, size);
   const Decision d =
       low ? judge_low(s, o, norm, relative, *schedule) : judge(s, o, norm, relative, schedule);
   if (schedule != nullptr) choose_products(s, o, relative, *schedule);

@@ -228,7 +228,13 @@ def test_noisy_floor_stops_at_the_noise():
         return 0.5 * torch.tanh(z) + b + 1e-6 * noise
 
     _, solution = fixed_point(
-        noisy, torch.zeros_like(b), solver="anderson", tol=1e-10, max_iter=2000, on_failure="ignore"
+        noisy,
+        torch.zeros_like(b),
+        solver="anderson",
+        tol=1e-10,
+        max_iter=2000,
+        patience=50,
+        on_failure="ignore",
     )
     assert (solution.status == Status.STAGNATED).all()
     assert (solution.residual <= 1e-5).all()

@@ -85,7 +85,7 @@ def test_numbers_of_other_libraries_are_taken(integer, number):
     options = {"max_iter": integer, "adjoint_max_iter": integer, "tol": number}
     layer = DEQLayer(affine(), adjoint_tol=number, **options)
     assert (layer.options.max_iter, layer.options.tol) == (7, 0.5)
-    assert layer.options.adjoint_limits() == (0.5, 7)
+    assert layer.options.adjoint_limits() == {"tol": 0.5, "atol": 0.0, "max_iter": 7}
     kept = [getattr(layer.options, name) for name in (*options, "adjoint_tol")]
     assert [type(value) for value in kept] == [int, int, float, float]
     layer(torch.randn(2, 6)).sum().backward()

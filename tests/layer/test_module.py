@@ -67,7 +67,7 @@ def test_numpy_numbers_are_numbers():
     options = make(tol=np.float32(1e-3), max_iter=np.int64(7)).options
     assert options.max_iter == 7
     assert type(options.max_iter) is int
-    assert options.adjoint_limits() == (options.tol, 7)
+    assert options.adjoint_limits() == {"tol": options.tol, "atol": 0.0, "max_iter": 7}
 
 
 def test_gradients_follow_grad_mode_and_never_training():
