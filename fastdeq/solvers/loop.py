@@ -45,16 +45,17 @@ def finite_rows(start: Tensor) -> Tensor:
     return torch.where(start.isfinite().all(1, keepdim=True), start, 0.0)
 
 
-def _norms(difference: Tensor, value: Tensor, largest: float) -> tuple[Tensor, Tensor, bool]:
+def _norms(
+    difference: Tensor, value: Tensor, largest: float, looks: bool
+) -> tuple[Tensor, Tensor, bool]:
     """2-norms ``(B,)`` of rows ``(B, n)``, also where squares of the entries leave the dtype; and
-    whether it is known that all are below ``largest``."""
+    whether it is known that all are below ``largest``, by a look where it ``looks``."""
     rows, dtype = (difference, value), value.dtype
-    looks = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    if value.device.type != "cuda" or dtype == torch.float64:
+    if looks or dtype == torch.float64:
         norm, size = (torch.linalg.vector_norm(r, dim=1) for r in rows)
         if looks and (norm + size).sum().item() < largest:
             return norm, size, True
-        if not looks or dtype == torch.float64:
+        if dtype == torch.float64:
             return norm, size, False
     # A CUDA kernel widens entry by entry.
     norm, size = (torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in rows)
@@ -73,18 +74,23 @@ class Residual(NamedTuple):
 
 
 def _residual(
-    value: Tensor, point: Tensor, tol: float, atol: float, parts: Sequence[int] | None
+    value: Tensor,
+    point: Tensor,
+    tol: float,
+    atol: float,
+    parts: Sequence[int] | None,
+    looks: bool,
 ) -> Residual:
     difference = value - point
     largest = torch.finfo(value.dtype).max ** SIZE_EXPONENT
-    norm, size, finite = _norms(difference, value, largest)
+    norm, size, finite = _norms(difference, value, largest, looks)
     size = size + RESIDUAL_EPS
     limit: Tensor | float = tol + atol / size if atol else tol
     if parts is None:
         relative = norm / size
     else:  # that of the part which is furthest from its limit
         pairs = zip(difference.split(parts, 1), value.split(parts, 1), strict=True)
-        norms = [_norms(*pair, largest)[:2] for pair in pairs]
+        norms = [_norms(*pair, largest, looks)[:2] for pair in pairs]
         ratios = torch.stack([n / (s + RESIDUAL_EPS) for n, s in norms], 1)
         limits = torch.stack([tol + atol / (s + RESIDUAL_EPS) for _, s in norms], 1)
         worst = (ratios - limits).argmax(1, keepdim=True)
@@ -143,6 +149,7 @@ def solve(
     floor = ROUNDING_FLOOR * torch.finfo(point.dtype).eps
     affine = f if isinstance(f, AffineMap) else None
     state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, affine))
+    looks = point.device.type == "cpu" and not fixed and not torch.compiler.is_compiling()
     # Frozen samples make an iteration too many harmless.
     flag = DelayedFlag(point.device)
 
@@ -150,7 +157,7 @@ def solve(
         max_iter = -1
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
-        norm, relative, limit, finite = _residual(value, point, tol, atol, parts)
+        norm, relative, limit, finite = _residual(value, point, tol, atol, parts, looks)
 
         # Comparisons with NaN are false.
         lower = norm < least if finite else (norm < least) & relative.isfinite()

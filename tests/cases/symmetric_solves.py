@@ -84,9 +84,9 @@ def stand_in(samples, weight, low_weight, point, value, residual, activation, *,
         phi = next(name for name, index in INDEX.items() if index == activation)
         result = ACTIVATIONS[phi].function(pre)
     iterates = runs & ~direct
-    squares = torch.stack([(result - point).square().sum(1), result.square().sum(1)], 1)
+    norms = torch.stack([torch.linalg.vector_norm(r, dim=1) for r in (result - point, result)], 1)
     tiles = torch.arange(samples.sums.shape[1], device=point.device).view(1, -1, 1)
-    spread = torch.where(tiles == 0, squares.unsqueeze(1), 0.0)
+    spread = torch.where(tiles == 0, norms.unsqueeze(1), 0.0)
     samples.sums.copy_(torch.where(iterates.unsqueeze(2), spread, samples.sums))
     samples.pre.copy_(torch.where(iterates, pre, samples.pre))
     value.copy_(torch.where(runs, torch.where(direct, product, result), value))
