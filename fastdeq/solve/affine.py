@@ -49,9 +49,12 @@ def solve_affine(
     if needs_grad and specs.options.gradient == "implicit":
         specs.forward.engine(c, weight, start)
         specs.adjoint.engine(c, weight, start)
-        z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start)
+        packed = specs.packed_weight(weight, c, start)
+        z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start, packed)
         return z, specs.forward.solution(outputs, specs.structure.contraction)
-    outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False)
+    # A compiled program would pack for this solve alone; the engine does so in memory that stays.
+    packed = None if torch.compiler.is_compiling() else specs.packed_weight(weight, c, start)
+    outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False, packed)
     solution = specs.forward.solution(outputs, specs.structure.contraction)
     value = outputs[0]
     if not needs_grad:
