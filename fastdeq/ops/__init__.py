@@ -7,7 +7,7 @@ The PyTorch dispatcher is the table. An operator is registered for every device 
     solve_affine, solve_affine_adjoint                    whole solves of an affine cell
     anderson_mix                                          one step of Anderson acceleration
     pack_weight                                           W as the CPU engine reads it
-    symmetric_part, is_symmetric_part                     (A + A^T) / 2
+    symmetric_part                                        (A + A^T) / 2
     orthogonal_factor, orthogonal_factor_backward         Q R, and its gradient
 
 Two are defined in C++, and are there only with the extension:

@@ -1,7 +1,6 @@
-"""``fastdeq::symmetric_part``: ``(A + A^T) / 2`` of a square matrix, exactly symmetric; it is its
-own gradient. ``fastdeq::is_symmetric_part``: whether a matrix is that of another, to the last bit.
+"""``fastdeq::symmetric_part``: ``(A + A^T) / 2`` of a square matrix, exactly symmetric.
 
-For CPU tensors both are in C++ (csrc/cpu/symmetric_part.cpp); the second makes no matrix there.
+For CPU tensors it is in C++ (csrc/cpu/symmetric_part.cpp). It is its own gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 torch.library.define("fastdeq::symmetric_part", "(Tensor a) -> Tensor")
-torch.library.define("fastdeq::is_symmetric_part", "(Tensor a, Tensor part) -> Tensor")
 
 
 def reference(a: Tensor) -> Tensor:
@@ -36,17 +34,3 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 torch.library.register_autograd("fastdeq::symmetric_part", _backward)
-
-
-def is_symmetric_part(a: Tensor, part: Tensor) -> Tensor:
-    """``()`` bool; False where there is NaN, or another shape or dtype."""
-    same = a.shape == part.shape and a.dtype == part.dtype and torch.equal(reference(a), part)
-    return torch.tensor(same, device=a.device)
-
-
-torch.library.impl("fastdeq::is_symmetric_part", "CompositeExplicitAutograd", is_symmetric_part)
-
-
-@torch.library.register_fake("fastdeq::is_symmetric_part")
-def _fake_of_comparison(a: Tensor, part: Tensor) -> Tensor:
-    return a.new_empty((), dtype=torch.bool)

@@ -21,6 +21,10 @@ from ..solution import Solution
 from .autograd import AffineFixedPoint, affine_gradients, one_step
 from .spec import Report, SolveSpec, Specs
 
+# The size from which on packing a symmetric weight for one solve takes longer than the way through
+# Python, where its packed form is found again. Measured: 4 us at 32, 21 at 256, 1000 at 1024.
+_PACKED_ONCE_FROM = 384
+
 
 def solve_affine(
     weight: Tensor,
@@ -103,13 +107,12 @@ def _backward_is_compiled() -> bool:
 
 
 def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bool) -> Any:
-    # A symmetric weight that is packed for both directions is kept by a node in Python, which shows
-    # what it saves.
+    # A large symmetric weight is packed once for many solves, by the path in Python.
     if (
         extension.module is None
         or weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.float64)
-        or specs.structure.bitwise_symmetric
+        or (specs.structure.bitwise_symmetric and len(weight) >= _PACKED_ONCE_FROM)
         or specs.options.gradient != "implicit"
     ):
         return None

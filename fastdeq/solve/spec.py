@@ -205,7 +205,7 @@ class Specs:
         if (
             not self.structure.bitwise_symmetric
             or weight.device.type != "cpu"
-            or working_dtype(weight, rows, start) != working_dtype(weight)
+            or working_dtype(rows, start) != working_dtype(weight)
             or self.forward.engine(rows, weight, start) != "cpp"
         ):
             return None

@@ -53,17 +53,17 @@ class _Kept(NamedTuple):
     raw: weakref.ref[Tensor]
     version: tuple[Any, ...]
     own_versions: tuple[int, int]
+    copy: Tensor | None  # of the matrix, where entries are compared and it was seen twice
 
-    def holds_for(self, raw: Tensor, bound: float | None) -> bool:
-        version = version_of(raw)
+    def may_hold_for(self, raw: Tensor, version: tuple[Any, ...], bound: float | None) -> bool:
+        """Whether raw is the matrix, as far as its version tells."""
         if self.version[:3] != version[:3] or self.bound != bound:
             return False
         if self.own_versions != (self.part._version, self.bounded._version):
             return False  # somebody has written to a view
         if compares_entries(raw):
             # After an optimiser's step the version says so already.
-            stepped = self.raw() is raw and self.version[-1] != version[-1]
-            return not stepped and bool(torch.ops.fastdeq.is_symmetric_part(raw, self.part))
+            return self.raw() is not raw or self.version[-1] == version[-1]
         return version[-1] is not None and self.version == version and self.raw() is raw
 
 
@@ -77,7 +77,20 @@ def _compute(raw: Tensor, bound: float | None, with_vector: bool) -> _Kept:
             factor, vector = shrinkage(part, bound, with_vector)
             whole = (wide_dtype(part) * factor).to(part.dtype)
     versions = part._version, whole._version
-    return _Kept(part, whole, factor, vector, bound, weakref.ref(raw), version_of(raw), versions)
+    at = weakref.ref(raw), version_of(raw)
+    return _Kept(part, whole, factor, vector, bound, *at, versions, None)
+
+
+def _confirmed(found: _Kept, raw: Tensor) -> _Kept | None:
+    """What was found, if it is that of raw to the last bit."""
+    if not compares_entries(raw):
+        return found
+    a = raw.detach()
+    if found.copy is not None:
+        return found if torch.equal(found.copy, a) else None
+    if not torch.equal(found.part, torch.ops.fastdeq.symmetric_part(a)):
+        return None
+    return found._replace(copy=a.clone())
 
 
 class _Part(torch.autograd.Function):
@@ -127,12 +140,13 @@ class _Multiple(torch.autograd.Function):
 class SymmetricCache:
     """S and W of the latest matrix, for as long as it does not change.
 
-    How a change is seen: on the CPU the entries are compared with those of S, elsewhere address and
-    version of the matrix, so that an edit of ``matrix.data`` is not seen: call ``clear()`` after
-    one. A matrix of which S was recorded in a CUDA graph is not looked up again until then: a
-    replay may change it. What is handed out may be written to: it is made anew then. A lookup is
-    one read and a miss one assignment of an immutable entry, so threads may share a cache. Copies
-    and pickles of a cache are empty.
+    How a change is seen: on the CPU entries are compared, with S at the second call and with a copy
+    of the matrix from then on, so that a training step pays for neither; elsewhere address and
+    version, which an edit of ``matrix.data`` does not change: call ``clear()`` after one. A matrix
+    of which S was recorded in a CUDA graph is not looked up again until then: a replay may change
+    it. What is handed out is made anew once an in-place operation has changed its version. A lookup
+    is one read and a miss one assignment of an immutable entry, so threads may share a cache.
+    Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -146,8 +160,17 @@ class SymmetricCache:
     def weight(self, raw: Tensor, bound: float | None) -> Tensor:
         """W ``(n, n)`` of raw, for which ``may_be_kept``; a view of what other calls get."""
         differentiable = torch.is_grad_enabled() and raw.requires_grad
-        with torch.inference_mode(False), torch.no_grad():
-            found = self._find(raw, bound, differentiable)
+        found = self._entry
+        copy = None if found is None else found.copy
+        if (
+            found is None
+            or copy is None
+            or (differentiable and found.vector is None and found.factor is not None)
+            or not found.may_hold_for(raw, version_of(raw), bound)
+            or not torch.equal(copy, raw)
+        ):
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._find(raw, bound, differentiable)
         if not differentiable:
             return found.bounded.detach()
         part: Tensor = _Part.apply(raw, found.part)
@@ -162,15 +185,17 @@ class SymmetricCache:
             self._entry, self._recorded = None, True
         if self._recorded:
             return _compute(raw, bound, with_vector)
-        entry = self._entry
-        if entry is not None and entry.holds_for(raw, bound):
-            if not with_vector or entry.factor is None or entry.vector is not None:
-                return entry
-            assert bound is not None
-            found = entry._replace(vector=shrinkage(entry.part, bound, True).vector)
+        found = self._entry
+        if found is not None and found.may_hold_for(raw, version_of(raw), bound):
+            found = _confirmed(found, raw)
         else:
-            self._entry = entry = None  # never two of them in memory
+            found = None
+        if found is None:
+            self._entry = None  # never two of them in memory
             found = _compute(raw, bound, with_vector)
+        elif with_vector and found.factor is not None and found.vector is None:
+            assert bound is not None
+            found = found._replace(vector=shrinkage(found.part, bound, True).vector)
         self._entry = found
         return found
 

@@ -52,7 +52,8 @@ def test_a_solve_without_a_gradient_makes_nothing_of_the_size_of_w(batch, bound,
     size = 600
     layer, x = layer_of(size, dtype, bound), torch.randn(batch, 5, dtype=dtype)
     with torch.no_grad():
-        layer(x)
+        for _ in range(2):  # the second call copies A, to compare it with
+            layer(x)
         assert allocations(lambda: layer(x), size * size * dtype.itemsize // 2) == []
     with torch.inference_mode():
         assert allocations(lambda: layer(x), size * size * dtype.itemsize // 2) == []
@@ -68,10 +69,12 @@ def test_a_training_step_makes_a_gradient_of_w_and_of_a(batch, dtype):
         layer.zero_grad()
         layer(x).square().sum().backward()
 
-    step()
+    for _ in range(2):
+        step()
     of_w = size * size * dtype.itemsize
     found = allocations(step, of_w // 2)
-    assert len(found) <= 2 and sum(found) <= 2 * of_w, found  # dL/dW, dL/dA
+    assert len(found) <= 2  # dL/dW, dL/dA
+    assert sum(found) <= 2 * of_w
 
 
 def large(tensors, size):
@@ -83,7 +86,7 @@ def large(tensors, size):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("size", [96, 520])
+@pytest.mark.parametrize("size", [400, 520])
 def test_graphs_share_the_weight_and_its_packed_form(size, batch):
     layer = layer_of(size)
     first, second = layer(torch.randn(batch, 5)), layer(torch.randn(batch, 5))
