@@ -142,7 +142,7 @@ py::object solve(const PlanPointer& plan, py::handle record, py::handle py_weigh
     const at::AutoDispatchBelowADInplaceOrView guard;
     const at::Tensor injection = at::linear(x, input_weight, bias);
     outputs = plan->forward({weight, injection, start.defined() ? start : c10::IValue(),
-                             plan->activation, differentiable});
+                             plan->activation, differentiable, c10::IValue()});
     z = outputs[0].clone();  // what comes next may write to it
     failed = any_failed(outputs[1]);
   }

@@ -64,6 +64,11 @@ TRUST_FACTOR = 1.5
 # A run of low-precision evaluations must leave no more than this of the residual before it.
 REQUIRED_GAIN = 0.5
 
+# Up to so many samples, and from that size on, a bitwise symmetric weight is not packed by the CPU
+# engine, unless low-precision products are asked for: its upper triangle is read where it lies.
+TRIANGLE_BATCH = 2
+TRIANGLE_SIZE = 512
+
 # Energy: truncated Newton steps. Measured: 0.5 and 0.5 in the place of MOST_FORCING and
 # FORCING_POWER take 16 % (spectral radius 2 and 4) to 37 % (8) more products.
 MOST_FORCING = 0.7

@@ -42,7 +42,7 @@ def engine_times(
     tol, structure = problem.spec.tol, layer.cell.structure()
     solver = resolve("auto", structure, tol, adjoint=False)
     how = SolveOptions.of(solver, tol=tol, max_iter=layer.options.max_iter).arguments
-    tensors = (weight.detach(), c, None, problem.spec.activation, False, False)
+    tensors = (weight.detach(), c, None, problem.spec.activation, False, None, False)
     engines = {"fastdeq-reference": "reference"}
     engines |= {f"fastdeq-{e.backend}-{e.name}": e.name for e in GPU_ENGINES}
     times = {}

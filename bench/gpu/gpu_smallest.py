@@ -60,8 +60,8 @@ def _solves(engine: str, d: int, batch: int, solver: Any, device: str) -> float:
 
     def solve(tensors: dict[str, Tensor], engine: str) -> tuple[Tensor, Tensor]:
         weight, ops = tensors["weight"], torch.ops.fastdeq
-        z, *_, slope, _ = ops.solve_affine(
-            weight, tensors["c"], None, "tanh", True, False, engine, *how
+        z, *_, slope = ops.solve_affine(
+            weight, tensors["c"], None, "tanh", True, None, False, engine, *how
         )
         q, *_ = ops.solve_affine_adjoint(weight, slope, tensors["grad"], None, False, engine, *how)
         return z, q

@@ -31,6 +31,8 @@ constexpr double kUnknownRate = 0.9;
 constexpr double kSlowestRate = 0.98;
 constexpr double kTrustFactor = 1.5;
 constexpr double kRequiredGain = 0.5;
+constexpr int kTriangleBatch = 2;
+constexpr int kTriangleSize = 512;
 constexpr double kMostForcing = 0.7;
 constexpr double kForcingPower = 0.2;
 constexpr double kSufficientDecrease = 0.0001;
@@ -79,6 +81,8 @@ constexpr NamedConstant kConstants[] = {
     {"SLOWEST_RATE", kSlowestRate},
     {"TRUST_FACTOR", kTrustFactor},
     {"REQUIRED_GAIN", kRequiredGain},
+    {"TRIANGLE_BATCH", kTriangleBatch},
+    {"TRIANGLE_SIZE", kTriangleSize},
     {"MOST_FORCING", kMostForcing},
     {"FORCING_POWER", kForcingPower},
     {"SUFFICIENT_DECREASE", kSufficientDecrease},

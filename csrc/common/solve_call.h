@@ -28,7 +28,7 @@ struct SolveCall {
 
   // One of the strides of the weight is 1; rows, slope and start are (B, d), contiguous.
   at::Tensor weight, rows, slope, start;
-  at::Tensor packed;  // adjoint: what the forward solve left, or undefined
+  at::Tensor packed;  // the weight as pack_weight returns it, or undefined
   at::Tensor value, status, iterations, residual, rejects, value_slope;
 
   at::ScalarType dtype() const { return rows.scalar_type(); }
@@ -128,6 +128,7 @@ inline SolveCall read_forward(BoxedArguments& arguments) {
   call.start = arguments.optional_tensor("start");
   call.activation = known_activation(arguments.text("activation"));
   call.with_slope = arguments.flag("with_slope");
+  call.packed = arguments.optional_tensor("packed");
   call.bitwise_symmetric = arguments.flag("bitwise_symmetric");
   call.options = read_options(arguments);
   prepare_tensors(call, "injection", call.start, "start");
@@ -148,11 +149,9 @@ inline SolveCall read_adjoint(BoxedArguments& arguments) {
   return call;
 }
 
-// `packed` is for the adjoint; undefined: nothing.
-inline void return_forward(BoxedArguments& arguments, const SolveCall& call, at::Tensor packed) {
-  if (!packed.defined()) packed = at::empty({0}, call.rows.options().dtype(at::kByte));
+inline void return_forward(BoxedArguments& arguments, const SolveCall& call) {
   arguments.replace_by(call.value.to(call.result_dtype), call.status, call.iterations,
-                       call.residual, call.rejects, call.value_slope, std::move(packed));
+                       call.residual, call.rejects, call.value_slope);
 }
 
 inline void return_adjoint(BoxedArguments& arguments, const SolveCall& call) {

@@ -10,7 +10,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -48,23 +47,6 @@ constexpr int64_t kSharedProduct = int64_t(1) << 19;
 // Up to this size a worker packs W for itself; see docs/how-it-works.md for the measurements.
 constexpr int64_t kOwnCopySize = 256;
 
-// Where low-precision products win; see docs/how-it-works.md for the measurements.
-constexpr int64_t kLowPrecisionSize = 48;
-
-// Up to so many samples, and from that size on, a symmetric weight is not packed; of it the upper
-// triangle is read. See docs/how-it-works.md for the measurements.
-constexpr int64_t kTriangleBatch = 2;
-constexpr int64_t kTriangleSize = 512;
-
-template <typename T>
-const EngineFor<T>& engine_for() {
-  if constexpr (std::is_same_v<T, float>) {
-    return engine().for_float;
-  } else {
-    return engine().for_double;
-  }
-}
-
 bool is_packed(const at::Tensor& t, const PackedHeader& needed) {
   return t.device().is_cpu() && t.scalar_type() == at::kByte && t.is_contiguous() &&
          t.numel() == packed_bytes(needed.size) &&
@@ -76,19 +58,16 @@ void share_product(Sharing* sharing, int64_t count, void* context,
   parallel_for(count, 1, *sharing, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-// Solves the call. Uses what the forward solve has packed where that fits, and returns the buffer
-// that it packed the weight into otherwise.
+// Solves the call, with the packed weight that was passed where that fits.
 template <typename T>
-at::Tensor run(SolveCall& call) {
+void run(SolveCall& call) {
   SolveTask<T> task;
   fill_task<T>(task, call);
   const Precision precision = call.options.precision;
   const bool symmetric = call.bitwise_symmetric;
   const bool triangle = symmetric && task.batch <= kTriangleBatch && task.size >= kTriangleSize &&
                         precision != Precision::kMixed;
-  task.low_precision = std::is_same_v<T, float> && has_low_precision() && !triangle &&
-                       precision != Precision::kFloat32 &&
-                       (precision == Precision::kMixed || task.size >= kLowPrecisionSize);
+  task.low_precision = !triangle && uses_low_precision<T>(task.size, precision);
 
   const EngineFor<T>& engine = engine_for<T>();
   const double product = double(task.size) * double(task.size) * double(task.batch);
@@ -121,32 +100,21 @@ at::Tensor run(SolveCall& call) {
   task.look = [](void* context) { static_cast<Interrupt*>(context)->look(); };
   task.look_context = &interrupt;
 
-  const PackedHeader needed = packed_header(task, &engine);
-  const bool fits = symmetric && call.packed.defined() && is_packed(call.packed, needed);
+  const bool fits = symmetric && !triangle && call.packed.defined() &&
+                    is_packed(call.packed, packed_header(task));
+  const bool packs = !fits && !triangle;
   const int64_t room = packed_bytes(task.size);
   // What one thread writes the others have to fetch from its cache.
-  const bool own_copies = !symmetric && workers > 1 && task.size <= kOwnCopySize;
+  const bool own_copies = packs && workers > 1 && task.size <= kOwnCopySize;
   std::optional<Workspace<1>> lent;
-  if (!symmetric) lent.emplace(own_copies ? workers * room : room, bytes);
-  const at::Tensor packed = fits        ? call.packed
-                            : symmetric ? at::empty({room}, bytes)  // outlives the call
-                                        : lent->memory();
-  auto* const at_packed = static_cast<std::byte*>(const_cast<void*>(packed.const_data_ptr()));
+  if (packs) lent.emplace(own_copies ? workers * room : room, bytes);
+  std::byte* const at_packed =
+      triangle ? nullptr
+               : static_cast<std::byte*>(
+                     const_cast<void*>((fits ? call.packed : lent->memory()).const_data_ptr()));
   const int64_t panels = engine.panels(task.size), padded = engine.padded(task.size);
-  place_packed(task, at_packed, padded);
-  if (triangle && !fits) {
-    *reinterpret_cast<PackedHeader*>(at_packed) = {};
-  } else if (!fits && !own_copies) {
-    if (workers > 1 || shared) {
-      // A panel of a few hundred inputs is worth a thread.
-      parallel_for(panels, std::max<int64_t>(1, 1024 / task.size),
-                   sharing_of(Shared::kPacking, product),
-                   [&](int64_t begin, int64_t end) { engine.pack(task, begin, end); });
-    } else {
-      engine.pack(task, 0, panels);
-    }
-    *reinterpret_cast<PackedHeader*>(at_packed) = needed;
-  }
+  if (!triangle) place_packed(task, at_packed, padded);
+  if (packs && !own_copies) pack_all(task, workers > 1 || shared);
   if (workers == 1) {
     engine.work(task, 0);
   } else {
@@ -161,23 +129,19 @@ at::Tensor run(SolveCall& call) {
     });
   }
   interrupt.rethrow();
-  return packed;
 }
 
-at::Tensor solve(SolveCall& call) {
-  at::Tensor packed;
-  if (call.is_empty())
-    return at::zeros({packed_bytes(call.size())}, call.rows.options().dtype(at::kByte));
-  AT_DISPATCH_FLOATING_TYPES(call.dtype(), "solve_affine", [&] { packed = run<scalar_t>(call); });
-  return packed;
+void solve(SolveCall& call) {
+  if (call.is_empty()) return;
+  AT_DISPATCH_FLOATING_TYPES(call.dtype(), "solve_affine", [&] { run<scalar_t>(call); });
 }
 
 void solve_affine(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   BoxedArguments arguments(op, *stack);
   if (!arguments.are_for("cpp")) return;
   SolveCall call = read_forward(arguments);
-  const at::Tensor packed = solve(call);
-  return_forward(arguments, call, call.bitwise_symmetric ? packed : at::Tensor());
+  solve(call);
+  return_forward(arguments, call);
 }
 
 void solve_affine_adjoint(const c10::OperatorHandle& op, torch::jit::Stack* stack) {

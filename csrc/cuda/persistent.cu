@@ -136,7 +136,7 @@ void solve_affine(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (!call.is_empty()) {
     call.dtype() == at::kDouble ? solve_forward<double>(call) : solve_forward<float>(call);
   }
-  return_forward(arguments, call, at::Tensor());
+  return_forward(arguments, call);
 }
 
 void solve_affine_adjoint(const c10::OperatorHandle& op, torch::jit::Stack* stack) {

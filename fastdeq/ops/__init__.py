@@ -6,6 +6,7 @@ The PyTorch dispatcher is the table. An operator is registered for every device 
 
     solve_affine, solve_affine_adjoint                    whole solves of an affine cell
     anderson_mix                                          one step of Anderson acceleration
+    pack_weight                                           W as the CPU engine reads it
     symmetric_part                                        (A + A^T) / 2
     orthogonal_factor, orthogonal_factor_backward         Q R, and its gradient
 
@@ -15,11 +16,19 @@ Two are defined in C++, and are there only with the extension:
     engine_activation (csrc/cpu/solve_affine.cpp)         phi of the CPU engine, for its tests
 """
 
-from . import anderson_mix, orthogonal_factor, solve_affine, solve_affine_adjoint, symmetric_part
+from . import (
+    anderson_mix,
+    orthogonal_factor,
+    pack_weight,
+    solve_affine,
+    solve_affine_adjoint,
+    symmetric_part,
+)
 
 __all__ = [
     "anderson_mix",
     "orthogonal_factor",
+    "pack_weight",
     "solve_affine",
     "solve_affine_adjoint",
     "symmetric_part",

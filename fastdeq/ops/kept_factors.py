@@ -29,7 +29,7 @@ class Kept(NamedTuple):
 
     def holds_for(self, raw: Tensor) -> bool:
         """Whether ``raw`` is the matrix that was factorised, unchanged."""
-        version = _version(raw)
+        version = version_of(raw)
         if self.version[:3] != version[:3]:
             return False
         if self.copy is not None:
@@ -42,14 +42,16 @@ class Kept(NamedTuple):
 def keep(raw: Tensor, found: Factors) -> Kept:
     """An entry for the factors of ``raw``."""
     copy = raw.detach().clone() if compares_entries(raw) else None
-    return Kept(found, copy, weakref.ref(raw), _version(raw))
+    return Kept(found, copy, weakref.ref(raw), version_of(raw))
 
 
 def compares_entries(raw: Tensor) -> bool:
     return raw.device.type == "cpu"
 
 
-def _version(t: Tensor) -> tuple[Any, ...]:
+def version_of(t: Tensor) -> tuple[Any, ...]:
+    """Dtype, device, shape, address, stream and version: the same ones, the same tensor unchanged,
+    but for writes to ``t.data``."""
     # With the stream: another would read without waiting. Inference tensors have no version.
     at = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
     return t.dtype, t.device, t.shape, t.data_ptr(), at, None if t.is_inference() else t._version

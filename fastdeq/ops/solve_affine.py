@@ -33,8 +33,8 @@ from .solve_common import (
 torch.library.define(
     "fastdeq::solve_affine",
     "(Tensor weight, Tensor injection, Tensor? start, str activation, bool with_slope, "
-    f"bool bitwise_symmetric, str engine, {SCHEMA}) -> (Tensor value, Tensor status, "
-    "Tensor iterations, Tensor residual, Tensor rejects, Tensor slope, Tensor packed)",
+    f"Tensor? packed, bool bitwise_symmetric, str engine, {SCHEMA}) -> (Tensor value, "
+    "Tensor status, Tensor iterations, Tensor residual, Tensor rejects, Tensor slope)",
 )
 
 
@@ -44,34 +44,34 @@ def solve_affine(
     start: Tensor | None,
     activation: str,
     with_slope: bool,
+    packed: Tensor | None,
     bitwise_symmetric: bool,
     engine: str,
     *options: Any,
 ) -> Outputs:
     """Solves ``z = phi(z W^T + c)``: weight ``(d, d)``, injection and start ``(B, d)``.
 
-    Without a start it starts from zeros. ``options`` are the fields of ``SolveOptions``.
+    Without a start it starts from zeros. ``packed`` is what ``pack_weight`` returned for a weight
+    that is ``bitwise_symmetric``; an engine that has no use for it does without. ``options`` are
+    the fields of ``SolveOptions``.
 
     Returns:
         What ``solve_common`` lists; with ``with_slope`` ``phi'(z W^T + c)`` ``(B, d)`` at the
-        value, 0 for samples that ended NONFINITE, else an empty tensor; and what the engine has
-        prepared of a weight that is ``bitwise_symmetric``, for its adjoint: bytes, or none.
+        value, 0 for samples that ended NONFINITE, else an empty tensor.
     """
     how = SolveOptions(*options)
     dtype = working_dtype(weight, injection, start)
     chosen = resolve_engine(engine, how, dtype, injection)
     if chosen == "reference":
-        outputs = reference(weight, injection, start, activation, with_slope, how)
-    elif chosen in TRITON_ENGINES:
+        return reference(weight, injection, start, activation, with_slope, how)
+    if chosen in TRITON_ENGINES:
         implementation = triton_engine(chosen, "solve_affine")
-        outputs = implementation(weight, injection, start, activation, with_slope, how)
-    elif chosen == engine:
+        return implementation(weight, injection, start, activation, with_slope, how)
+    if chosen == engine:
         raise not_here(engine, injection)
-    else:
-        again = torch.ops.fastdeq.solve_affine.default
-        fixed = (weight, injection, start, activation, with_slope, bitwise_symmetric)
-        return again(*fixed, chosen, *options)  # type: ignore[no-any-return]
-    return *outputs, injection.new_empty(0, dtype=torch.uint8)
+    again = torch.ops.fastdeq.solve_affine.default
+    fixed = (weight, injection, start, activation, with_slope, packed, bitwise_symmetric)
+    return again(*fixed, chosen, *options)  # type: ignore[no-any-return]
 
 
 def reference(
@@ -117,18 +117,14 @@ def _fake(
     start: Tensor | None,
     activation: str,
     with_slope: bool,
+    packed: Tensor | None,
     bitwise_symmetric: bool,
     engine: str,
     *options: Any,
 ) -> Outputs:
     how = SolveOptions(*options)
     dtype = working_dtype(weight, injection, start)
-    size = injection.shape[1]
-    packs = bitwise_symmetric and injection.device.type == "cpu"
-    packs = packs and resolve_engine(engine, how, dtype, injection) == "cpp"
-    room = 64 + (size + 63) // 64 * 64 * (8 * size + 64) if packs else 0  # packed_weight.h
     return (
         *fake_outputs(injection, dtype, how.solver),
         injection.new_empty(injection.shape if with_slope else (0,), dtype=dtype),
-        injection.new_empty(room, dtype=torch.uint8),
     )

@@ -47,8 +47,7 @@ def solve_affine_adjoint(
     """Solves ``q = D (g + q W)``: weight ``(d, d)``, slope D and grad g ``(B, d)``.
 
     A row of g that is not finite gives NaN: gradient scalers look for it. A row of zeros in D gives
-    zeros, whatever g is. ``packed`` is what the forward solve left; ``options`` are the fields of
-    ``SolveOptions``.
+    zeros, whatever g is. ``packed`` and ``options`` as in solve_affine.py.
     """
     how = SolveOptions(*options)
     dtype = working_dtype(weight, slope, grad)

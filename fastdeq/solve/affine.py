@@ -21,6 +21,10 @@ from ..solution import Solution
 from .autograd import AffineFixedPoint, affine_gradients, one_step
 from .spec import Report, SolveSpec, Specs
 
+# The size from which on packing a symmetric weight for one solve takes longer than the way through
+# Python, where its packed form is found again. Measured: 4 us at 32, 21 at 256, 1000 at 1024.
+_PACKED_ONCE_FROM = 384
+
 
 def solve_affine(
     weight: Tensor,
@@ -49,9 +53,12 @@ def solve_affine(
     if needs_grad and specs.options.gradient == "implicit":
         specs.forward.engine(c, weight, start)
         specs.adjoint.engine(c, weight, start)
-        z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start)
+        packed = specs.packed_weight(weight, c, start)
+        z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start, packed)
         return z, specs.forward.solution(outputs, specs.structure.contraction)
-    outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False)
+    # A compiled program would pack for this solve alone; the engine does so in memory that stays.
+    packed = None if torch.compiler.is_compiling() else specs.packed_weight(weight, c, start)
+    outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False, packed)
     solution = specs.forward.solution(outputs, specs.structure.contraction)
     value = outputs[0]
     if not needs_grad:
@@ -100,13 +107,12 @@ def _backward_is_compiled() -> bool:
 
 
 def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bool) -> Any:
-    # A symmetric weight that is packed for both directions is kept by a node in Python, which shows
-    # what it saves.
+    # A large symmetric weight is packed once for many solves, by the path in Python.
     if (
         extension.module is None
         or weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.float64)
-        or specs.structure.bitwise_symmetric
+        or (specs.structure.bitwise_symmetric and len(weight) >= _PACKED_ONCE_FROM)
         or specs.options.gradient != "implicit"
     ):
         return None

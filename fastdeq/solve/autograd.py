@@ -176,9 +176,10 @@ class AffineFixedPoint(Function):
         weight: Tensor,
         c: Tensor,
         start: Tensor | None,
+        packed: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        outputs = specs.forward.forward(weight, c, start, activation, with_slope=True)
-        z, status, *_, slope, packed = outputs
+        outputs = specs.forward.forward(weight, c, start, activation, True, packed)
+        z, status, *_, slope = outputs
         ctx.spec, ctx.activation, ctx.report = specs.adjoint, activation, report
         ctx.save_for_backward(weight, c, z, status, slope, packed)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -192,11 +193,11 @@ class AffineFixedPoint(Function):
         if grad_saved is not None:
             grad = grad_saved if grad is None else grad + grad_saved
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         weight, c, z, status, slope, packed = ctx.saved_tensors
         how = (ctx.spec, ctx.activation, ctx.report, ctx.needs_input_grad[3])
         grad_weight, grad_c = affine_gradients(*how, weight, c, z, status, slope, packed, grad)
-        return None, None, None, grad_weight, grad_c, None
+        return None, None, None, grad_weight, grad_c, None, None
 
 
 def affine_gradients(

@@ -16,11 +16,13 @@ from torch import Tensor
 from ..backends.choose import Request, check_device, require_engine
 from ..backends.device import gpu_of
 from ..ops import anderson_mix
+from ..ops.pack_weight import reads_triangle
 from ..ops.solve_common import Outputs, working_dtype
 from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
 from ..solvers.loop import solve
+from .packed import PackedWeight
 from .trend import Traced
 
 Report = Callable[[Solution], None]
@@ -86,12 +88,14 @@ class SolveSpec:
         start: Tensor | None,
         activation: str,
         with_slope: bool,
+        packed: Tensor | None = None,
     ) -> Outputs:
         """``ops.solve_affine``."""
         engine = self.engine(injection, weight, start)
         operator = torch.ops.fastdeq.solve_affine.default
-        tensors = (weight, injection, start, activation, with_slope, self.bitwise_symmetric)
-        return operator(*tensors, engine, *self.arguments)  # type: ignore[no-any-return]
+        first = (weight, injection, start, activation, with_slope, packed)
+        how = (self.bitwise_symmetric, engine, *self.arguments)
+        return operator(*first, *how)  # type: ignore[no-any-return]
 
     def adjoint(
         self, weight: Tensor, slope: Tensor, grad: Tensor, packed: Tensor | None, report: Report
@@ -183,6 +187,7 @@ class Specs:
         limits = {"tol": options.tol, "atol": options.atol, "max_iter": options.max_iter}
         self.forward = self._spec("solve", solver, limits)
         self._adjoint: SolveSpec | None = None
+        self._packed = PackedWeight()
         self.plans: dict[Any, Any] = {}
         """What the compiled extension has prepared; see ``affine.plan_for``."""
 
@@ -193,6 +198,28 @@ class Specs:
             solver = resolve(self.options.adjoint, self.structure, limits["tol"], adjoint=True)
             self._adjoint = self._spec("adjoint solve", solver, limits)
         return self._adjoint
+
+    def packed_weight(self, weight: Tensor, rows: Tensor, start: Tensor | None) -> Tensor | None:
+        """A symmetric weight as the engine of solves of ``rows`` ``(B, d)`` and their adjoints
+        reads it; None where it would not use that."""
+        if (
+            not self.structure.bitwise_symmetric
+            or weight.device.type != "cpu"
+            or working_dtype(rows, start) != working_dtype(weight)
+            or self.forward.engine(rows, weight, start) != "cpp"
+        ):
+            return None
+        size, precision = weight.shape[0], self.options.precision
+        if torch.compiler.is_compiling():
+            from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow
+
+            if statically_known_true(reads_triangle(rows.shape[0], size, precision)):
+                return None  # a batch that may be larger packs
+            packed: Tensor = torch.ops.fastdeq.pack_weight(weight.detach(), precision)
+            return packed
+        if reads_triangle(rows.shape[0], size, precision):
+            return None
+        return self._packed.of(weight, precision)
 
     def _spec(self, what: str, solver: Solver, limits: dict[str, Any]) -> SolveSpec:
         options = self.options

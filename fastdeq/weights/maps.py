@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import symmetric_part
-from .factor_cache import FactorCache, has_tangent, is_transformed, orthogonal_factor, wide_dtype
+from .eigenvalue_bound import bounded
+from .factor_cache import FactorCache, orthogonal_factor
+from .symmetric_cache import SymmetricCache, may_be_kept, symmetric_part_of
 
 
 class OrthogonalMap(nn.Module):
@@ -78,44 +79,22 @@ class SymmetricMap(nn.Module):
                 f"max_eigenvalue must be positive and finite, or None; got {max_eigenvalue!r}."
             )
         self.max_eigenvalue = None if max_eigenvalue is None else float(max_eigenvalue)
+        self.cache = SymmetricCache()
 
     def forward(self, raw: Tensor) -> Tensor:
         """The structured matrix ``(n, n)``, a new tensor."""
         _check_matrix(raw, "SymmetricMap", square=True)
-        # a + b == b + a, so this is symmetric to the last bit, and so is a multiple of it.
-        transformed = is_transformed(raw) or has_tangent(raw)
-        part = torch.ops.fastdeq.symmetric_part
-        s: Tensor = symmetric_part.reference(raw) if transformed else part(raw)
-        if self.max_eigenvalue is None or s.numel() == 0:
-            return s
-        with torch.autocast(s.device.type, enabled=False):
-            if self._surely_below(s):
-                return s
-            return (wide_dtype(s) * self._shrinkage(s)).to(s.dtype)
+        return bounded(symmetric_part_of(raw), self.max_eigenvalue)
 
-    def _surely_below(self, s: Tensor) -> bool:
-        if is_transformed(s) or has_tangent(s):
-            return False
-        bound, n = self.max_eigenvalue, len(s)
-        assert bound is not None
-        with torch.no_grad():
-            wide = wide_dtype(s.detach())
-            shifted = torch.diag_embed(wide.new_full((n,), bound)) - wide
-            # A Cholesky factorisation that runs through proves this little less (Rump, BIT 46
-            # (2006) 433): gamma = (n + 1) u times the trace.
-            shifted.diagonal().sub_((n + 2) * torch.finfo(wide.dtype).eps * shifted.trace())
-            return not torch.linalg.cholesky_ex(shifted).info.item()
+    def shared(self, raw: Tensor) -> Tensor:
+        """``forward(raw)``, or a view of what it was for as long as raw does not change.
 
-    def _shrinkage(self, s: Tensor) -> Tensor:
-        """``min(1, b / lambda_max)``, a little less: no rounding error may cross the bound."""
-        exact = s.double()
-        # LAPACK raises on NaN; the factor does not matter then, s has it.
-        largest = torch.linalg.eigvalsh(torch.where(exact.isfinite().all(), exact, 0.0))[-1]
-        # Rounding moves entries by eps/2 twice, a matrix by no more than its Frobenius norm.
-        rounding = 2 * torch.finfo(s.dtype).eps + 16 * math.sqrt(len(s)) * 2.0**-52
-        largest = largest + rounding * torch.linalg.matrix_norm(exact.detach())
-        factor: Tensor = self.max_eigenvalue / largest.clamp(min=self.max_eigenvalue)
-        return factor.to(wide_dtype(s).dtype)
+        Whoever writes to it changes what other calls were given; the next call makes it anew.
+        """
+        _check_matrix(raw, "SymmetricMap", square=True)
+        if may_be_kept(raw):
+            return self.cache.weight(raw, self.max_eigenvalue)
+        return self.forward(raw)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """A raw matrix for ``weight``: the nearest symmetric one."""

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from ..errors import lists_options
 from ..ops import symmetric_part
+from .attached import is_modified
 from .dense import Structured
 from .maps import SymmetricMap
 
 
 class Symmetric(Structured):
     """``W = W^T``, entries of variance ``scale^2 / (4 d)`` off the diagonal and twice that on it.
+
+    A parametrised W is kept for as long as A does not change, and calls return views of it: take a
+    clone to write to. An in-place operation on one is noticed, a write through NumPy is not.
 
     Args:
         features: d.
@@ -62,6 +66,8 @@ class Symmetric(Structured):
         return self.map.max_eigenvalue
 
     def compose(self, raw: Tensor) -> Tensor:
+        if type(self.map) is SymmetricMap and not is_modified(self.map):
+            return self.map.shared(raw)
         bounded: Tensor = self.map(raw)
         return bounded
 

@@ -62,14 +62,19 @@ class Forward:
         return self.weight, self.injection, *([] if self.start is None else [self.start])
 
     def arguments(
-        self, call: Call, engine: str, slope: bool = True, bitwise_symmetric: bool = False
+        self,
+        call: Call,
+        engine: str,
+        slope: bool = True,
+        bitwise_symmetric: bool = False,
+        packed: Tensor | None = None,
     ) -> tuple:
         """Those of the operator ``solve_affine``."""
         first = self.weight, self.injection, self.start, self.activation
-        return *first, slope, bitwise_symmetric, engine, *call.options().arguments
+        return *first, slope, packed, bitwise_symmetric, engine, *call.options().arguments
 
     def run(self, call: Call, engine: str, slope: bool = True) -> Outputs:
-        return Outputs(*torch.ops.fastdeq.solve_affine(*self.arguments(call, engine, slope))[:6])
+        return Outputs(*torch.ops.fastdeq.solve_affine(*self.arguments(call, engine, slope)))
 
     def engine(self, call: Call, slope: bool = True) -> Outputs:
         return self.run(call, "cpp", slope)

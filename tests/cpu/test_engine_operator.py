@@ -57,7 +57,7 @@ BAD_FORWARD = {
 @pytest.mark.parametrize("message", BAD_FORWARD)
 def test_bad_arguments_of_the_forward_solve(message):
     fixed = {"weight": W, "injection": C, "start": None, "activation": "tanh"}
-    fixed |= {"with_slope": True, "bitwise_symmetric": False, "engine": "cpp"}
+    fixed |= {"with_slope": True, "packed": None, "bitwise_symmetric": False, "engine": "cpp"}
     given = {**fixed, **dataclasses.asdict(PICARD), **BAD_FORWARD[message]}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastdeq.solve_affine(**given)
@@ -67,13 +67,14 @@ def test_bad_arguments_of_the_forward_solve(message):
 def test_an_unknown_solver_is_named_with_those_that_there_are(engine):
     options = dataclasses.replace(PICARD, solver="newton").arguments
     with pytest.raises(ValueError, match=r"'newton'.*picard|picard.*'newton'"):
-        torch.ops.fastdeq.solve_affine(W, C, None, "tanh", False, False, engine, *options)
+        torch.ops.fastdeq.solve_affine(W, C, None, "tanh", False, None, False, engine, *options)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_an_operator_given_a_backend_that_cannot_be_had_says_so(backend):
+    how = (None, False, backend, *PICARD.arguments)
     with pytest.raises(BackendError, match=f"backend='{backend}' is not available"):
-        torch.ops.fastdeq.solve_affine(W, C, None, "tanh", False, False, backend, *PICARD.arguments)
+        torch.ops.fastdeq.solve_affine(W, C, None, "tanh", False, *how)
 
 
 BAD_ADJOINT = {
