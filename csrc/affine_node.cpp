@@ -20,7 +20,10 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <algorithm>
+
 #include "affine_plan.h"
+#include "cpu/threads.h"
 
 namespace fastdeq {
 namespace {
@@ -78,6 +81,8 @@ class AffineFixedPointBackward : public Node {
     report(std::move(outputs));
     variable_list result(kInputs);
     const at::Tensor rows = q.t();
+    const int64_t widest = std::max(saved_[kX].unpack().size(1), q.size(1));
+    const OneThread here(double(q.numel()) * double(widest));
     if (task_should_compute_output(kWeight)) result[kWeight] = at::mm(rows, value);
     if (task_should_compute_output(kX)) result[kX] = at::mm(q, saved_[kInputWeight].unpack());
     if (task_should_compute_output(kInputWeight)) {
@@ -140,7 +145,11 @@ py::object solve(const PlanPointer& plan, py::handle record, py::handle py_weigh
   {
     const py::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor injection = at::linear(x, input_weight, bias);
+    at::Tensor injection;
+    {
+      const OneThread here(double(x.numel()) * double(plan->size));
+      injection = at::linear(x, input_weight, bias);
+    }
     outputs = plan->forward({weight, injection, start.defined() ? start : c10::IValue(),
                              plan->activation, differentiable, c10::IValue()});
     z = outputs[0].clone();  // what comes next may write to it

@@ -12,8 +12,14 @@
 #include <ctime>
 #include <thread>
 
+// In libtorch_cpu where that is built with MKL.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
+
 namespace fastdeq {
 namespace {
+
+// Multiply-adds that one thread does in about 20 us.
+constexpr double kWorkOfOne = 1e6;
 
 // Multiples of a loss: 8 means that, at first, a late thread costs at most an eighth more than one
 // thread takes, 64 that a machine which stays busy costs 1.6 %.
@@ -102,6 +108,16 @@ Sharing& sharing_of(Shared kind, double work) {
   constexpr int kKinds = 5, kSizes = 24;
   static std::array<std::array<Sharing, kSizes>, kKinds> all;
   return all[size_t(kind)][size_t(std::clamp(std::ilogb(work) / 2, 0, kSizes - 1))];
+}
+
+OneThread::OneThread(double work) {
+  if (work < kWorkOfOne && MKL_Set_Num_Threads_Local != nullptr) {
+    before_ = MKL_Set_Num_Threads_Local(1);
+  }
+}
+
+OneThread::~OneThread() {
+  if (before_ >= 0) MKL_Set_Num_Threads_Local(before_);
 }
 
 void run_workers(int64_t workers, Sharing& sharing, Interrupt& interrupt,

@@ -48,6 +48,20 @@ Sharing& sharing_of(Shared kind, double work);
 void run_workers(int64_t workers, Sharing& sharing, Interrupt& interrupt,
                  c10::function_ref<void(int64_t)> body);
 
+// While it lives, PyTorch's own matrix products of the calling thread stay on it, if `work`
+// multiply-adds are not worth another one: MKL takes all threads for products of a microsecond, and
+// then waits for them as above. Without MKL nothing happens.
+class OneThread {
+ public:
+  explicit OneThread(double work);
+  ~OneThread();
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_ = -1;  // the calling thread's own limit, 0: none; -1: nothing was changed
+};
+
 // Calls body(begin, end) for parts of 0 <= i < count, of at least `grain` but for the last, that
 // take about the same time each.
 void parallel_for(int64_t count, int64_t grain, Sharing& sharing,
