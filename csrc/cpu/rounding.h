@@ -31,10 +31,7 @@ inline void round_change(Slot<float>& slot, Products products, const float* a, c
     for (int64_t j = 0; j < padded; j += 16) {
       largest = _mm512_max_ps(largest, _mm512_abs_ps((__m512)change(j)));
     }
-    float lanes[16];
-    _mm512_storeu_ps(lanes, largest);
-    most = 0;
-    for (const float lane : lanes) most = lane > most ? lane : most;
+    most = largest_lane<float>((Vec<float>)largest);
   }
   slot.change_scale = most / 127;
   const float inverse = slot.change_scale > 0 ? 1 / slot.change_scale : 0;
@@ -59,12 +56,11 @@ void round_next(const SolveTask<T>& task, Slot<T>& slot, const T* a, const T* b,
 // The largest entry of the change of low-precision evaluations in place.
 template <typename T>
 float largest_change(const SolveTask<T>& task, const Slot<T>& slot) {
-  double largest = 0;
+  Vec<T> largest = {};
   for (int64_t panel = 0; panel < panels<T>(task.size); ++panel) {
-    const double one = slot.sums[kSums * panel + 2];
-    largest = one > largest ? one : largest;
+    largest = max(largest, load(sums_of(slot, panel) + 2 * kLanes<T>));
   }
-  return float(largest);
+  return float(largest_lane<T>(largest));
 }
 
 }  // namespace FASTDEQ_TARGET

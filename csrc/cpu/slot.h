@@ -24,7 +24,7 @@ struct alignas(64) Slot : Sample {
   PrecisionSchedule schedule;
   Mode mode;
   float change_scale;  // what `change` is to be multiplied by
-  double* sums;        // (panels, kSums), see epilogue.h
+  T* sums;             // (panels, kSums) vectors, see epilogue.h
   // (size): the point of evaluation, its value f(point), its pre-activation W point + c.
   T* point;
   T* value;
@@ -83,11 +83,16 @@ int64_t buffers(const SolveTask<T>& task) {
   return kBuffers + task.options.begins_with_momentum() + work;
 }
 
+template <typename T>
+FASTDEQ_INLINE T* sums_of(const Slot<T>& slot, int64_t panel) {
+  return slot.sums + kSums * kLanes<T> * panel;
+}
+
 inline int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <typename T>
 int64_t sums_bytes(const SolveTask<T>& task) {
-  return align(panels<T>(task.size) * kSums * int64_t(sizeof(double)));
+  return align(panels<T>(task.size) * kSums * FASTDEQ_VECTOR_BYTES);
 }
 
 template <typename T>
@@ -126,7 +131,7 @@ template <typename T>
 void place_buffers(const SolveTask<T>& task, Slot<T>& slot, std::byte* at) {
   const int64_t stride = stride_of<T>(task.size), entries = task.options.window + 1;
   const int64_t rows = buffers(task);
-  slot.sums = reinterpret_cast<double*>(at);
+  slot.sums = reinterpret_cast<T*>(at);
   at += sums_bytes(task);
   T* row = reinterpret_cast<T*>(at);
   for (int64_t i = 0; i < rows; ++i) {

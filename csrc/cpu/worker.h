@@ -163,13 +163,9 @@ class Worker {
       ++l.iterations;
       return false;
     }
-    double square_difference = 0, square_value = 0;
-    for (int64_t panel = 0; panel < panels<T>(task_.size); ++panel) {
-      square_difference += l.sums[kSums * panel];
-      square_value += l.sums[kSums * panel + 1];
-    }
-    const double norm = __builtin_sqrt(square_difference);
-    const double relative = double(T(relative_residual(norm, __builtin_sqrt(square_value))));
+    const Norms norms = norms_of(task_, l, products != Products::kFull && l.plain);
+    const double norm = norms.difference;
+    const double relative = double(T(relative_residual(norm, norms.value)));
     if (products != Products::kFull) {
       take_low_step(l, norm, relative);
       return false;
