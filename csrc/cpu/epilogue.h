@@ -2,7 +2,7 @@
 //
 //   full   pre  = product + c, value = phi(pre), adjoint: D pre
 //   low    pre += change_scale product; the product does not read the point, so a slot without
-//            history has it replaced by the next one, and value (heavy ball: last) by the change
+//            history has it replaced by the next one, and the change rounded (rounding.h)
 //   direction, full or low: value = product, nothing else
 //   sums = |f(point) - point|^2, |f(point)|^2, and of low ones the largest entry of the change: a
 //          vector each for this panel, which the step adds up, once for the row (rounding.h, worker.h)
@@ -13,8 +13,7 @@
 #pragma once
 
 #include "cpu/activations.h"
-#include "cpu/slot.h"
-#include "cpu/sums.h"
+#include "cpu/rounding.h"
 
 namespace fastdeq {
 namespace FASTDEQ_TARGET {
@@ -34,19 +33,23 @@ struct Adjoint {
   const T* slope;
 };
 
-// What becomes of f(point): `kStore` leaves it in value for a step to come; the others take the step
-// in place, plain, damped or with momentum.
-enum class Finish { kStore, kPlain, kDamped, kHeavyBall };
+// What becomes of f(point): `kStore` leaves it in value for a step to come; the others, in low
+// precision, take the step in place, a plain one or one with momentum.
+enum class Finish { kStore, kPlain, kHeavyBall };
 
 // For the outputs begin <= j < end of one slot; begin is a multiple of a vector.
 template <typename T, typename Map, bool kLow, Finish kFinish>
 void epilogue_to(const SolveTask<T>& task, Slot<T>& slot, const T* product, int64_t begin,
                  int64_t end) {
+#if defined(FASTDEQ_LOW_PRECISION)
+  const Rounding round(slot.schedule.next == Products::kInt8, slot.next_scale, slot.next_change);
+#endif
   // In registers: for all the compiler knows a store may change the slot.
   const T* const base = kLow ? slot.pre : slot.injection;
   T *const point = slot.point, *const value = slot.value, *const pre = slot.pre;
   T* const last = slot.last;
   const Map map(slot);
+  const bool damped = task.options.damping != 1;
   const Vec<T> scale = splat<T>(T(slot.change_scale)), damping = splat<T>(T(task.options.damping));
   const Vec<T> omega = splat<T>(T(slot.omega)), momentum = splat<T>(T(slot.omega - 1));
   Vec<T> square_difference = {}, square_value = {}, largest = {};
@@ -61,16 +64,16 @@ void epilogue_to(const SolveTask<T>& task, Slot<T>& slot, const T* product, int6
     store(pre + j, a);
     if constexpr (kFinish == Finish::kStore) {
       store(value + j, v);
-      return;
+    } else {
+      Vec<T> change = damped ? damping * difference : difference;
+      if constexpr (kFinish == Finish::kHeavyBall) {
+        change = omega * difference + momentum * load(last + j);
+      }
+      largest = max(largest, abs(change));
+      const Vec<T> rounded = round(change, j);
+      store(point + j, at + rounded);
+      if constexpr (kFinish == Finish::kHeavyBall) store(last + j, rounded);
     }
-    Vec<T> change = difference;
-    if constexpr (kFinish == Finish::kDamped) change = damping * difference;
-    if constexpr (kFinish == Finish::kHeavyBall) {
-      change = omega * difference + momentum * load(last + j);
-    }
-    largest = max(largest, abs(change));
-    store(point + j, kFinish == Finish::kPlain ? v : at + change);
-    store((kFinish == Finish::kHeavyBall ? last : value) + j, change);
   };
   int64_t j = begin;
   for (; j + kLanes<T> <= end; j += kLanes<T>) finish(j, kLanes<T>);
@@ -93,12 +96,11 @@ void epilogue(const SolveTask<T>& task, Slot<T>& slot, const T* product, int64_t
     return;
   }
   if constexpr (kLow) {
+    if (slot.plain && task.options.begins_with_momentum()) {
+      return epilogue_to<T, Map, kLow, Finish::kHeavyBall>(task, slot, product, begin, end);
+    }
     if (slot.plain) {
-      const auto in_place = task.options.begins_with_momentum()
-                                ? &epilogue_to<T, Map, kLow, Finish::kHeavyBall>
-                            : task.options.damping != 1 ? &epilogue_to<T, Map, kLow, Finish::kDamped>
-                                                        : &epilogue_to<T, Map, kLow, Finish::kPlain>;
-      return in_place(task, slot, product, begin, end);
+      return epilogue_to<T, Map, kLow, Finish::kPlain>(task, slot, product, begin, end);
     }
   }
   epilogue_to<T, Map, kLow, Finish::kStore>(task, slot, product, begin, end);
@@ -134,12 +136,14 @@ using Epilogue = void (*)(const SolveTask<T>&, Slot<T>&, const T*, int64_t, int6
 
 template <typename T, bool kLow>
 Epilogue<T> epilogue_for(const SolveTask<T>& task) {
-  if (task.slope != nullptr) return &epilogue<T, Adjoint<T>, kLow>;
-  int index = 0;
+  if constexpr (!kLow || kHasLowPrecision<T>) {
+    if (task.slope != nullptr) return &epilogue<T, Adjoint<T>, kLow>;
+    int index = 0;
 #define FASTDEQ_CHOOSE(name, functor) \
   if (index++ == task.activation) return &epilogue<T, Forward<T, functor>, kLow>;
-  FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
+    FASTDEQ_FOR_EACH_ACTIVATION(FASTDEQ_CHOOSE)
 #undef FASTDEQ_CHOOSE
+  }
   return nullptr;
 }
 

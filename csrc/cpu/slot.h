@@ -24,6 +24,7 @@ struct alignas(64) Slot : Sample {
   PrecisionSchedule schedule;
   Mode mode;
   float change_scale;  // what `change` is to be multiplied by
+  float next_scale;    // and `next_change`
   T* sums;             // (panels, kSums) vectors, see epilogue.h
   // (size): the point of evaluation, its value f(point), its pre-activation W point + c.
   T* point;
@@ -32,7 +33,8 @@ struct alignas(64) Slot : Sample {
   T* injection;
   T* best;  // the best verified iterate, and its pre-activation
   T* best_pre;
-  std::byte* change;  // the next point minus this one in low precision
+  // In low precision: this point minus the last one, and the next one minus this.
+  std::byte *change, *next_change;
   T* last;            // heavy ball only: the last change of the point
   T* slope;           // adjoint only; the energy solver has its trials there
   T* work[kWork];     // see energy_slot.h and minres_slot.h
@@ -100,7 +102,7 @@ int64_t slot_bytes(const SolveTask<T>& task) {
   const int64_t row = stride_of<T>(task.size) * int64_t(sizeof(T));
   const int64_t entries = task.options.window + 1;
   int64_t bytes = sums_bytes(task) + buffers(task) * row;
-  if (task.low_precision) bytes += align(2 * stride_of<T>(task.size));
+  if (task.low_precision) bytes += 2 * align(2 * stride_of<T>(task.size));
   if (task.options.window > 0)
     bytes += 2 * entries * row + align(entries * entries * int64_t(sizeof(double)));
   return bytes;
@@ -150,7 +152,8 @@ void place_buffers(const SolveTask<T>& task, Slot<T>& slot, std::byte* at) {
   for (int i = 0; i < kWork; ++i) slot.work[i] = row + i * stride;
   at += rows * stride * int64_t(sizeof(T));
   slot.change = at;
-  if (task.low_precision) at += align(2 * stride);  // written as far as it is read
+  slot.next_change = at + align(2 * stride);
+  if (task.low_precision) at += 2 * align(2 * stride);  // written as far as they are read
   slot.f_history = slot.g_history = nullptr;
   slot.gram = nullptr;
   if (task.options.window > 0) {
