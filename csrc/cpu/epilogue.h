@@ -5,7 +5,8 @@
 //            history has it replaced by the next one, and the change rounded (rounding.h)
 //   direction, full or low: value = product, nothing else
 //   sums = |f(point) - point|^2, |f(point)|^2, and of low ones the largest entry of the change: a
-//          vector each for this panel, which the step adds up, once for the row (rounding.h, worker.h)
+//          vector each for this panel, which the step adds up, once for the row (rounding.h,
+//          worker.h)
 //
 // The product comes from a buffer in the first-level cache; everything else is read and written
 // once.

@@ -39,8 +39,7 @@ class Rounding {
       constexpr float zero = 0x1.8p23f + 128;
       const Vec<float> sum = change * inverse_ + zero;
       const Vec<float> bounded = min(max(sum, zero - 127), zero + 127);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to_ + j),
-                       _mm512_cvtepi32_epi8((__m512i)bounded));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to_ + j), _mm512_cvtepi32_epi8((__m512i)bounded));
       return (bounded - zero) * scale_;
     }
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)change);

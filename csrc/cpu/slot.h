@@ -35,9 +35,9 @@ struct alignas(64) Slot : Sample {
   T* best_pre;
   // In low precision: this point minus the last one, and the next one minus this.
   std::byte *change, *next_change;
-  T* last;            // heavy ball only: the last change of the point
-  T* slope;           // adjoint only; the energy solver has its trials there
-  T* work[kWork];     // see energy_slot.h and minres_slot.h
+  T* last;         // heavy ball only: the last change of the point
+  T* slope;        // adjoint only; the energy solver has its trials there
+  T* work[kWork];  // see energy_slot.h and minres_slot.h
 
   T* f_history;  // Anderson only: (window + 1, stride) each, a ring
   T* g_history;

@@ -265,12 +265,12 @@ class Worker {
 
   const SolveTask<T>& task_;
   const SolveOptions& options_;
+  const bool looks_;
   const Epilogue<T> full_epilogue_, low_epilogue_;
   const SymmetricSolver<T> symmetric_solver_;
   Slot<T>* slots_;
   int32_t* order_;  // the slots, those in use first
   int64_t active_ = 0;
-  const bool looks_;
   int64_t work_ = 0;   // since the last look
   const void** rows_;  // what the next product multiplies, and the slots it is for
   Slot<T>** chosen_;
