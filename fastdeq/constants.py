@@ -51,7 +51,7 @@ HALVE_WITHIN = 6
 # between, by kind; the most low-precision evaluations of an accelerated sample in a row. The next
 # full-precision one is due at TARGET_FRACTION of the tolerance at the latest.
 DROP_BFLOAT16 = 400.0
-DROP_INT8 = 30.0
+DROP_INT8 = 150.0
 DROP_ACCELERATED = 30.0
 LONGEST_LOW_PRECISION = 25
 TARGET_FRACTION = 0.97

@@ -6,7 +6,7 @@
 // A low-precision evaluation adds W (point - previous point) to the pre-activation, both factors
 // rounded to 8 bits or to bfloat16. The rounding error is relative to the change, so it shrinks
 // with the iteration: next to a last evaluation in full precision, at residual r,
-// residuals are off by about 1.4e-2 r in 8 bits and 2e-3 r in bfloat16, on normally distributed
+// residuals are off by about 7e-3 r in 8 bits and 2e-3 r in bfloat16, on normally distributed
 // numbers. After a drop to where that is felt the next evaluation is in full precision. Only
 // those are verified: only they can end a solve or bring a new best iterate, so no reported
 // residual has a low-precision product in it.

@@ -18,7 +18,7 @@ void reset_slot(const SolveTask<T>& task, Slot<T>& fresh, int64_t sample) {
   fresh.mode = structured && !task.options.begins_with_momentum() ? Mode::kOpen : Mode::kSteps;
   fresh.schedule = {};
   if (task.low_precision) fresh.schedule.lowest = Products::kInt8;
-  fresh.change_scale = 1;
+  fresh.change_scale = fresh.next_scale = 1;
   fresh.restart_residual = __builtin_inf();
   fresh.vain_restarts = 0;
 }
@@ -36,27 +36,46 @@ bool starts_at_zero(const SolveTask<T>& task, int64_t sample) {
   return zero || !finite;
 }
 
+// Entries j and on of a row of the task, zeros beyond its end.
+template <typename T>
+FASTDEQ_INLINE Vec<T> load_row(const T* row, int64_t j, int64_t size) {
+  return size - j < kLanes<T> ? load_partial(row + j, int(size - j)) : load(row + j);
+}
+
+// Whether all lanes are zero: of what comparisons gave, that none held.
+template <typename T>
+FASTDEQ_INLINE bool is_zero(IVec<T> v) {
+  bool zero = true;
+  for (int i = 0; i < kLanes<T>; ++i) zero &= v[i] == 0;
+  return zero;
+}
+
 // Returns whether it starts at zero.
 template <typename T>
 bool begin(const SolveTask<T>& task, Slot<T>& fresh, int64_t sample) {
   reset_slot(task, fresh, sample);
   const int64_t size = task.size, offset = sample * size;
-  const bool zero = starts_at_zero(task, sample);
-  for (int64_t j = 0; j < size; ++j) {
-    fresh.injection[j] = task.injection[offset + j];
-    fresh.point[j] = fresh.best[j] = zero ? 0 : task.start[offset + j];
-    fresh.best_pre[j] = 0;
-    if (task.options.begins_with_momentum()) fresh.last[j] = 0;
-    if (task.options.solver == Solver::kMinres) fresh.work[0][j] = fresh.work[1][j] = 0;
+  const bool zero = starts_at_zero(task, sample), heavy = task.options.begins_with_momentum();
+  const bool minres = task.options.solver == Solver::kMinres;
+  const T* const injection = task.injection + offset;
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const Vec<T> start = zero ? splat(T(0)) : load_row(task.start + offset, j, size);
+    store(fresh.injection + j, load_row(injection, j, size));
+    store(fresh.point + j, start);
+    store(fresh.best + j, start);
+    store(fresh.best_pre + j, splat(T(0)));
+    if (heavy) store(fresh.last + j, splat(T(0)));
+    if (minres) store(fresh.work[0] + j, splat(T(0))), store(fresh.work[1] + j, splat(T(0)));
   }
   if (task.slope == nullptr) return zero;
-  bool dead = true;
-  for (int64_t j = 0; j < size; ++j) {
-    fresh.slope[j] = task.slope[offset + j];
-    dead &= fresh.slope[j] == 0;
+  IVec<T> alive = {};
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const Vec<T> slope = load_row(task.slope + offset, j, size);
+    store(fresh.slope + j, slope);
+    alive |= slope != T(0);
   }
-  if (dead) {  // zeros, even where the gradient is not finite
-    for (int64_t j = 0; j < size; ++j) fresh.injection[j] = 0;
+  if (is_zero<T>(alive)) {  // zeros, even where the gradient is not finite
+    for (int64_t j = 0; j < size; j += kLanes<T>) store(fresh.injection + j, splat(T(0)));
   }
   return zero;
 }
@@ -67,33 +86,38 @@ bool begin(const SolveTask<T>& task, Slot<T>& fresh, int64_t sample) {
 template <typename T>
 bool scale_to_unit(const SolveTask<T>& task, Slot<T>& fresh) {
   const int64_t size = task.size;
-  T largest = 0, largest_g = 0;
-  bool finite = true;
-  for (int64_t j = 0; j < size; ++j) {
-    finite &= bool(__builtin_isfinite(fresh.injection[j]));
-    if (fresh.slope[j] == 0) fresh.injection[j] = 0;
-    const T g = T(__builtin_fabs(fresh.injection[j]));
-    const T entry = T(__builtin_fabs(fresh.slope[j])) * g;
-    largest = entry > largest ? entry : largest;
-    largest_g = g > largest_g ? g : largest_g;
+  T *const injection = fresh.injection, *const slope = fresh.slope;
+  Vec<T> most = {}, most_g = {};
+  IVec<T> infinite = {};
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const Vec<T> given = load(injection + j), d = load(slope + j);
+    infinite |= given - given != T(0);  // NaN
+    const Vec<T> g = select(d == T(0), splat(T(0)), given);
+    most = max(most, abs(d) * abs(g));
+    most_g = max(most_g, abs(g));
+    store(injection + j, g);
   }
-  if (!finite) {
+  if (!is_zero<T>(infinite)) {
     for (int64_t j = 0; j < size; ++j) fresh.best[j] = T(__builtin_nan(""));
     return false;
   }
-  const T least = largest_g * T(kLeastScale);
+  const T least = largest_lane<T>(most_g) * T(kLeastScale);
+  T largest = largest_lane<T>(most);
   largest = largest > least ? largest : least;
   if (largest == 0) return true;
   // Twice: squares of entries below 1e-19 vanish in float32, and of entries above overflow.
-  double square = 0;
-  for (int64_t j = 0; j < size; ++j) {
-    fresh.injection[j] /= largest;
-    const double entry = double(fresh.slope[j]) * double(fresh.injection[j]);
-    square += entry * entry;
+  Sum<T> square;
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const Vec<T> g = load(injection + j) / splat(largest), entry = load(slope + j) * g;
+    store(injection + j, g);
+    square.add(entry * entry);
   }
-  const double norm = square > 1 ? __builtin_sqrt(square) : 1;
-  for (int64_t j = 0; j < size; ++j) fresh.injection[j] = T(fresh.injection[j] / norm);
-  fresh.row_norm = T(norm);
+  const double length = square.total();
+  const T norm = length > 1 ? T(__builtin_sqrt(length)) : T(1);
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    store(injection + j, load(injection + j) / splat(norm));
+  }
+  fresh.row_norm = norm;
   fresh.largest = largest;
   return true;
 }
@@ -102,8 +126,10 @@ template <typename T>
 void end(const SolveTask<T>& task, const Slot<T>& slot, Status status) {
   const int64_t size = task.size, offset = slot.sample * size;
   // A step at a time, as the product of the two may overflow.
-  for (int64_t j = 0; j < size; ++j) {
-    task.value[offset + j] = slot.best[j] * slot.row_norm * slot.largest;
+  const Vec<T> row_norm = splat(slot.row_norm), largest = splat(slot.largest);
+  for (int64_t j = 0; j < size; j += kLanes<T>) {
+    const Vec<T> value = load(slot.best + j) * row_norm * largest;
+    store_partial(task.value + offset + j, value, int(size - j < kLanes<T> ? size - j : kLanes<T>));
   }
   if (task.value_slope != nullptr && status == Status::kNonfinite) {
     for (int64_t j = 0; j < size; ++j) task.value_slope[offset + j] = 0;

@@ -24,7 +24,8 @@ struct alignas(64) Slot : Sample {
   PrecisionSchedule schedule;
   Mode mode;
   float change_scale;  // what `change` is to be multiplied by
-  double* sums;        // (panels, kSums), see epilogue.h
+  float next_scale;    // and `next_change`
+  T* sums;             // (panels, kSums) vectors, see epilogue.h
   // (size): the point of evaluation, its value f(point), its pre-activation W point + c.
   T* point;
   T* value;
@@ -32,10 +33,11 @@ struct alignas(64) Slot : Sample {
   T* injection;
   T* best;  // the best verified iterate, and its pre-activation
   T* best_pre;
-  std::byte* change;  // the next point minus this one in low precision
-  T* last;            // heavy ball only: the last change of the point
-  T* slope;           // adjoint only; the energy solver has its trials there
-  T* work[kWork];     // see energy_slot.h and minres_slot.h
+  // In low precision: this point minus the last one, and the next one minus this.
+  std::byte *change, *next_change;
+  T* last;         // heavy ball only: the last change of the point
+  T* slope;        // adjoint only; the energy solver has its trials there
+  T* work[kWork];  // see energy_slot.h and minres_slot.h
 
   T* f_history;  // Anderson only: (window + 1, stride) each, a ring
   T* g_history;
@@ -83,11 +85,16 @@ int64_t buffers(const SolveTask<T>& task) {
   return kBuffers + task.options.begins_with_momentum() + work;
 }
 
+template <typename T>
+FASTDEQ_INLINE T* sums_of(const Slot<T>& slot, int64_t panel) {
+  return slot.sums + kSums * kLanes<T> * panel;
+}
+
 inline int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <typename T>
 int64_t sums_bytes(const SolveTask<T>& task) {
-  return align(panels<T>(task.size) * kSums * int64_t(sizeof(double)));
+  return align(panels<T>(task.size) * kSums * FASTDEQ_VECTOR_BYTES);
 }
 
 template <typename T>
@@ -95,7 +102,7 @@ int64_t slot_bytes(const SolveTask<T>& task) {
   const int64_t row = stride_of<T>(task.size) * int64_t(sizeof(T));
   const int64_t entries = task.options.window + 1;
   int64_t bytes = sums_bytes(task) + buffers(task) * row;
-  if (task.low_precision) bytes += align(2 * stride_of<T>(task.size));
+  if (task.low_precision) bytes += 2 * align(2 * stride_of<T>(task.size));
   if (task.options.window > 0)
     bytes += 2 * entries * row + align(entries * entries * int64_t(sizeof(double)));
   return bytes;
@@ -126,7 +133,7 @@ template <typename T>
 void place_buffers(const SolveTask<T>& task, Slot<T>& slot, std::byte* at) {
   const int64_t stride = stride_of<T>(task.size), entries = task.options.window + 1;
   const int64_t rows = buffers(task);
-  slot.sums = reinterpret_cast<double*>(at);
+  slot.sums = reinterpret_cast<T*>(at);
   at += sums_bytes(task);
   T* row = reinterpret_cast<T*>(at);
   for (int64_t i = 0; i < rows; ++i) {
@@ -145,7 +152,8 @@ void place_buffers(const SolveTask<T>& task, Slot<T>& slot, std::byte* at) {
   for (int i = 0; i < kWork; ++i) slot.work[i] = row + i * stride;
   at += rows * stride * int64_t(sizeof(T));
   slot.change = at;
-  if (task.low_precision) at += align(2 * stride);  // written as far as it is read
+  slot.next_change = at + align(2 * stride);
+  if (task.low_precision) at += 2 * align(2 * stride);  // written as far as they are read
   slot.f_history = slot.g_history = nullptr;
   slot.gram = nullptr;
   if (task.options.window > 0) {

@@ -23,6 +23,23 @@ struct Sum {
   FASTDEQ_INLINE double total() const { return sum(low + high); }
 };
 
+// The largest of all lanes, which are not NaN.
+template <typename T>
+FASTDEQ_INLINE T largest_lane(Vec<T> v) {
+#if defined(__x86_64__) && FASTDEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __m256 eight = _mm256_max_ps(_mm256_castpd_ps(lower_256((__m512d)v)),
+                                       _mm256_castpd_ps(upper_256((__m512d)v)));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return two[0] > two[1] ? two[0] : two[1];
+  }
+#endif
+  T most = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
 #if defined(__x86_64__) && FASTDEQ_VECTOR_BYTES == 64
 FASTDEQ_INLINE Vec<float> sqrt(Vec<float> v) {
   return (Vec<float>)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)v);

@@ -76,7 +76,7 @@ class SymmetricSolver {
     const bool low =
         descends_ && l.mode == Mode::kDirection && l.schedule.lowest != Products::kFull;
     l.schedule.next = low ? l.schedule.lowest : Products::kFull;
-    if (low) round_next<T>(task_, l, l.point, nullptr, -1);
+    if (low) round_next<T>(task_, l, nullptr);
   }
 
   const SolveTask<T>& task_;

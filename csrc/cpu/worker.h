@@ -163,16 +163,11 @@ class Worker {
       ++l.iterations;
       return false;
     }
-    double square_difference = 0, square_value = 0;
-    for (int64_t panel = 0; panel < panels<T>(task_.size); ++panel) {
-      square_difference += l.sums[kSums * panel];
-      square_value += l.sums[kSums * panel + 1];
-    }
-    const double norm = __builtin_sqrt(square_difference);
-    const double relative =
-        double(T(relative_residual(options_, norm, __builtin_sqrt(square_value))));
+    const Norms norms = norms_of(task_, l, products != Products::kFull && l.plain);
+    const double norm = norms.difference;
+    const double relative = double(T(relative_residual(options_, norm, norms.value)));
     if (products != Products::kFull) {
-      take_low_step(l, norm, relative);
+      take_low_step(l, products, norm, relative);
       return false;
     }
     const T* const at = l.point;
@@ -211,7 +206,7 @@ class Worker {
     swap(l.point, l.value);
     if (task_.low_precision) {
       choose_products(l, options_, relative, l.schedule);
-      if (l.schedule.next != Products::kFull) round_next<T>(task_, l, l.point, at, -1);
+      if (l.schedule.next != Products::kFull) round_next<T>(task_, l, at);
     }
     return false;
   }
@@ -222,9 +217,9 @@ class Worker {
     if (d.step == Step::kRefill) refill_step(task_, l, at, d.count);
   }
 
-  // Without a history the epilogue has put the next point in place already, and with it the change
+  // Without a history the epilogue has put the next point in place already, and rounded the change
   // from the one before.
-  FASTDEQ_INLINE void take_low_step(Slot<T>& l, double norm, double relative) {
+  FASTDEQ_INLINE void take_low_step(Slot<T>& l, Products products, double norm, double relative) {
     const bool in_place = l.plain;
     const Decision d = judge_low(l, options_, norm, relative, l.schedule);
     const T* const at = l.point;
@@ -241,11 +236,12 @@ class Worker {
     }
     choose_products(l, options_, relative, l.schedule);
     if (l.schedule.next == Products::kFull) return;
-    if (in_place) {
-      const T* const change = options_.begins_with_momentum() ? l.last : l.value;
-      round_next<T>(task_, l, change, nullptr, largest_change(task_, l));
-    } else {
-      round_next<T>(task_, l, l.point, at, -1);
+    if (!in_place) {
+      round_next<T>(task_, l, at);
+    } else if (l.schedule.next == products) {
+      take_rounded(task_, l);
+    } else {  // it is rounded to what was thought to come
+      l.schedule.next = Products::kFull;
     }
   }
 
@@ -269,12 +265,12 @@ class Worker {
 
   const SolveTask<T>& task_;
   const SolveOptions& options_;
+  const bool looks_;
   const Epilogue<T> full_epilogue_, low_epilogue_;
   const SymmetricSolver<T> symmetric_solver_;
   Slot<T>* slots_;
   int32_t* order_;  // the slots, those in use first
   int64_t active_ = 0;
-  const bool looks_;
   int64_t work_ = 0;   // since the last look
   const void** rows_;  // what the next product multiplies, and the slots it is for
   Slot<T>** chosen_;

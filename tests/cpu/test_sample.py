@@ -274,12 +274,12 @@ def test_a_sample_that_low_precision_does_not_help_gets_no_more_of_it(pieces, lo
 
 
 def test_a_sample_for_which_8_bits_are_too_coarse_goes_on_in_bfloat16(pieces):
-    """0.02 is expected of the evaluation in full precision; it comes out twice that."""
-    norms = [1.0, 0.5, 0.2, 0.066, 0.05, 0.02]
+    """0.005 is expected of the evaluation in full precision; it comes out four times that."""
+    norms = [1.0, 0.4, 0.1, 0.022, 0.02, 0.008]
     records = scheduled(pieces, norms, [0, 1, 1, 1, 0, 0], lowest=INT8)
     assert [r.next for r in records[:4]] == [INT8] * 3 + [FULL]
     assert records[4].next == BFLOAT16
-    as_expected = scheduled(pieces, [*norms[:4], 0.022], [0, 1, 1, 1, 0], lowest=INT8)
+    as_expected = scheduled(pieces, [*norms[:4], 0.0055], [0, 1, 1, 1, 0], lowest=INT8)
     assert as_expected[4].next == INT8
 
 
