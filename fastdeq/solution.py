@@ -47,6 +47,9 @@ class Solution:
         contraction: a bound on the Lipschitz constant of the map in the 2-norm, None if unknown.
         solver: the solver object that made it, the one that "auto" chose for instance; None if
             unknown.
+        observed_contraction: ``(B,)``, the rate at which plain steps of a general map reduced the
+            residual norm at last, NaN for samples without such steps; None for other solves.
+        error_estimate: ``(B,)`` or None, about how far ``value`` is from the equilibrium.
     """
 
     value: Any
@@ -56,6 +59,7 @@ class Solution:
     rejects: Mapping[str, Tensor] = field(default_factory=dict)
     contraction: float | None = None
     solver: Any = None
+    observed_contraction: Tensor | None = None
     trend: Any = field(default=None, repr=False)  # a solve.trend.Trend, where one was kept
 
     @property
@@ -83,7 +87,7 @@ class Solution:
         s = self.contraction * (1 + 8 * eps)
         if s >= 1:
             return None
-        size = torch.linalg.vector_norm(self.value.flatten(1).to(self.residual.dtype), dim=1)
+        size = self._size()
         # |r| <= residual (|f(z)| + 1e-9) and |f(z)| <= |z| + |r|.
         left = 1 - self.residual
         length = torch.where(
@@ -91,6 +95,27 @@ class Solution:
         )
         bound: Tensor = (length + 8 * eps * size) / (1 - s)
         return bound
+
+    @property
+    def error_estimate(self) -> Tensor | None:
+        """``(B,)``: about ``|value - z*|``, 2-norm, where the contraction was seen: the residual
+        norm over ``1 - s``, s being ``observed_contraction``. NaN where s is not below 1; None
+        where nothing was seen: in accelerated solves, and in those of an ``AffineCell``.
+
+        An estimate from one rate: exact for a multiple of an orthogonal matrix, too small where
+        slower directions than those seen at last are left.
+        """
+        s = self.observed_contraction
+        if s is None or not isinstance(self.value, Tensor):
+            return None
+        length = self.residual * (self._size() + constants.RESIDUAL_EPS)
+        estimate: Tensor = torch.where(s < 1, length / (1 - s), torch.nan)
+        return estimate
+
+    def _size(self) -> Tensor:
+        rows = self.value.flatten(1).to(self.residual.dtype)
+        size: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return size
 
     def with_value(self, value: Any) -> Solution:
         """The same solution with its value in another form."""

@@ -33,6 +33,7 @@ from ..constants import (
 from ..cuda_stream import DelayedFlag, is_capturing
 from ..solution import Solution, Status
 from .base import AffineMap, Problem, Solver
+from .picard import Picard
 from .solve_options import scaled_patience
 
 # Plain integers keep the int8 of a status tensor.
@@ -147,6 +148,8 @@ def solve(
     patience = scaled_patience(solver.patience, max_iter) if patience is None else patience
     half = max(patience // 2, 1)
     floor = ROUNDING_FLOOR * torch.finfo(point.dtype).eps
+    damping = solver.damping if isinstance(solver, Picard) else None
+    rate = before = torch.full_like(best_residual, torch.nan)
     affine = f if isinstance(f, AffineMap) else None
     state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, affine))
     looks = point.device.type == "cpu" and not fixed and not torch.compiler.is_compiling()
@@ -171,6 +174,9 @@ def solve(
         idle = torch.where(improved, 0, idle + judged)
         seen = norm if judged is running else torch.where(judged, norm, torch.inf)
         least, half_now = torch.fmin(seen, least), torch.fmin(seen, half_now)
+        if damping is not None:  # of plain steps, which show how the map contracts
+            rate = torch.where(judged, norm / before, rate)
+            before = norm
         if not fixed:
             running = running & (best_residual > best_limit)
         if k == max_iter or (not fixed and not flag.goes_on(running.any())):
@@ -207,4 +213,5 @@ def solve(
         iterations,
         best_residual,
         dict(zip(solver.rejects, solver.counters(state), strict=True)),
+        observed_contraction=None if damping is None else (rate - (1 - damping)) / damping,
     )
