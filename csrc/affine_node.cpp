@@ -49,8 +49,8 @@ class AffineFixedPointBackward : public Node {
  public:
   enum Saved { kWeight, kX, kInputWeight, kBias, kInputs, kValue = kInputs, kStatus, kSlope, kAll };
 
-  AffineFixedPointBackward(PlanPointer plan, py::handle record)
-      : plan_(std::move(plan)), record_(hold(record)) {}
+  AffineFixedPointBackward(PlanPointer plan, py::handle record, int64_t in_features)
+      : plan_(std::move(plan)), record_(hold(record)), in_features_(in_features) {}
 
   std::string name() const override { return "AffineFixedPointBackward"; }
 
@@ -81,8 +81,7 @@ class AffineFixedPointBackward : public Node {
     report(std::move(outputs));
     variable_list result(kInputs);
     const at::Tensor rows = q.t();
-    const int64_t widest = std::max(saved_[kX].unpack().size(1), q.size(1));
-    const OneThread here(double(q.numel()) * double(widest));
+    const OneThread here(double(q.numel()) * double(std::max(in_features_, q.size(1))));
     if (task_should_compute_output(kWeight)) result[kWeight] = at::mm(rows, value);
     if (task_should_compute_output(kX)) result[kX] = at::mm(q, saved_[kInputWeight].unpack());
     if (task_should_compute_output(kInputWeight)) {
@@ -123,6 +122,7 @@ class AffineFixedPointBackward : public Node {
 
   PlanPointer plan_;
   c10::SafePyObject record_;
+  const int64_t in_features_;
   SavedVariable saved_[kAll];
 };
 
@@ -158,7 +158,7 @@ py::object solve(const PlanPointer& plan, py::handle record, py::handle py_weigh
   if (differentiable) {
     using Backward = AffineFixedPointBackward;
     Backward* node = nullptr;
-    const NodePointer pointer = make_node<NodePointer>(node, plan, record);
+    const NodePointer pointer = make_node<NodePointer>(node, plan, record, x.size(1));
     node->set_next_edges(torch::autograd::collect_next_edges(weight, x, input_weight, bias));
     node->save(Backward::kWeight, weight);
     node->save(Backward::kX, x);

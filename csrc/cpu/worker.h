@@ -26,10 +26,10 @@ class Worker {
   Worker(const SolveTask<T>& task, std::byte* scratch, bool looks)
       : task_(task),
         options_(task.options),
+        looks_(looks),
         full_epilogue_(epilogue_for<T, false>(task)),
         low_epilogue_(task.low_precision ? epilogue_for<T, true>(task) : nullptr),
-        symmetric_solver_(task),
-        looks_(looks) {
+        symmetric_solver_(task) {
     slots_ = reinterpret_cast<Slot<T>*>(scratch);
     scratch += align(task.slots * int64_t(sizeof(Slot<T>)));
     order_ = reinterpret_cast<int32_t*>(scratch);
