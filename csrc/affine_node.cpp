@@ -9,7 +9,7 @@
 // in the arithmetic of autograd's own nodes. Whatever is unusual is left to Python, which can do
 // everything (fastdeq/solve/autograd.py): the call returns None for subclasses, modes, autocast and
 // transforms, for other devices and dtypes and for input that does not fit or is not finite; the
-// node asks Python for gradients that are to be differentiated again or that are batched.
+// node asks Python for gradients that are to be differentiated again.
 // What a solve reports is kept as tensors, and becomes a Solution when it is read.
 
 #include "affine_node.h"
@@ -96,7 +96,7 @@ class AffineFixedPointBackward : public Node {
     const bool failed = any_failed(outputs[1]);
     const py::gil_scoped_acquire gil;
     const py::object record = borrow(record_);
-    SolveOutputs raw{std::move(outputs), borrow(plan_->adjoint_spec), py::none(), failed};
+    SolveOutputs raw{std::move(outputs), borrow(plan_->adjoint_spec), py::none()};
     record.attr("adjoint") = py::cast(std::move(raw));
     if (failed) record.attr("judge_adjoint")();
   }
@@ -169,9 +169,9 @@ py::object solve(const PlanPointer& plan, py::handle record, py::handle py_weigh
     node->save(Backward::kSlope, outputs[5]);
     torch::autograd::set_history(z, pointer);
   }
-  SolveOutputs raw{std::move(outputs), borrow(plan->forward_spec), borrow(plan->contraction),
-                   failed};
+  SolveOutputs raw{std::move(outputs), borrow(plan->forward_spec), borrow(plan->contraction)};
   record.attr("forward") = py::cast(std::move(raw));
+  if (failed) record.attr("judge_forward")();
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(z)));
 }
 
@@ -181,8 +181,7 @@ void bind_affine_node(py::module_& m) {
   py::class_<SolveOutputs>(m, "SolveOutputs", "The outputs of an operator of a solve.")
       .def("unpack", &SolveOutputs::unpack, "The tensors, in the order of the operator's schema.")
       .def_readonly("spec", &SolveOutputs::spec)
-      .def_readonly("contraction", &SolveOutputs::contraction)
-      .def_readonly("failed", &SolveOutputs::failed);
+      .def_readonly("contraction", &SolveOutputs::contraction);
   py::class_<AffinePlan, std::shared_ptr<AffinePlan>>(m, "AffinePlan",
                                                       "A solve and its adjoint, prepared.")
       .def(py::init<int64_t, py::handle, std::string, const py::tuple&,

@@ -45,7 +45,6 @@ inline at::Tensor to_tensor(py::handle object) {
 struct __attribute__((visibility("hidden"))) SolveOutputs {
   std::vector<at::Tensor> tensors;
   py::object spec, contraction;
-  bool failed = false;  // for some sample: its status is not CONVERGED
 
   py::tuple unpack() const {
     py::tuple all(tensors.size());

@@ -21,8 +21,6 @@ from .solve.spec import Specs
 from .solvers import Solver, Structure
 from .solvers.picard import CERTIFIED
 
-FORWARD = "DEQLayer, forward solve"
-
 
 class DEQLayer(nn.Module):
     """Outputs the state ``z*`` that solves ``z = cell(z, x)``, with its implicit gradient.
@@ -147,7 +145,7 @@ class DEQLayer(nn.Module):
         if finite is not None:
             z, solution = _mark_nonfinite(z, solution, ~finite)
         self._record.forward = solution
-        self._record.judge("forward", FORWARD)
+        self._record.judge_forward()
         return z
 
     if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
@@ -168,8 +166,6 @@ class DEQLayer(nn.Module):
             if plan is not None:
                 z: Tensor | None = plan.solve(record, weight, x, *linear, z0)
                 if z is not None:
-                    if record.forward.failed:
-                        record.judge("forward", FORWARD)
                     return z
         x, finite = _finite_samples(cell.checked_input(x))
         injection = cell.injection_of(x)  # x is checked, and nothing is overridden
@@ -177,7 +173,7 @@ class DEQLayer(nn.Module):
         z, record.forward = solve_affine(
             weight, injection, start, cell.activation, specs, record.receive_adjoint, finite
         )
-        record.judge("forward", FORWARD)
+        record.judge_forward()
         return z
 
     @property

@@ -20,7 +20,7 @@ from .errors import warn_caller
 class Status(enum.IntEnum):
     """Outcome of the solve for one sample; compares with the integers in ``Solution.status``."""
 
-    CONVERGED = constants.STATUS_CONVERGED  #: the relative residual reached the tolerance
+    CONVERGED = constants.STATUS_CONVERGED  #: ``|f(z) - z| <= atol + tol |f(z)|``
     MAX_ITER = constants.STATUS_MAX_ITER  #: the iteration limit came first
     STAGNATED = (
         constants.STATUS_STAGNATED
@@ -41,7 +41,8 @@ class Solution:
         iterations: ``(B,)`` int32, updates made for the sample until it stopped. Verifying the
             last one takes one further evaluation of the cell.
         residual: ``(B,)`` float32 or float64, ``|f(z) - z| / (|f(z)| + 1e-9)`` of ``value``,
-            2-norms per sample, measured before any rounding of ``value`` to a half-precision type.
+            2-norms per sample, measured before any rounding of ``value`` to a half-precision type;
+            of a state with several parts that of the part which is furthest from its tolerance.
         rejects: per-sample counters ``(B,)`` int32 of steps a solver took back, by reason.
         error_bound: ``(B,)`` or None, what the distance to the equilibrium cannot exceed.
         contraction: a bound on the Lipschitz constant of the map in the 2-norm, None if unknown.

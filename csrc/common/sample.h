@@ -178,7 +178,8 @@ FASTDEQ_HOST_DEVICE inline Decision verify(Sample& s, const SolveOptions& o, dou
   // Comparisons with NaN are false.
   const bool meets = relative <= tolerance_at(o, norm, relative);
   const bool lower = norm < s.least_norm && std::isfinite(relative);
-  d.improved = (relative < s.best_residual || lower) && (meets || !s.converged);
+  d.improved = s.converged ? meets && (relative < s.best_residual || lower)
+                           : meets || relative < s.best_residual || lower;
   if (d.improved) {
     s.best_residual = relative;
     s.least_norm = norm < s.least_norm ? norm : s.least_norm;

@@ -2,7 +2,7 @@
 //
 //   out[r, j] = sum_k rows[r][k] W(j, k)      r < R <= kRows,  j in a panel of V vectors
 //
-// W is packed once per solve into panels of V vectors of outputs: panel[k][j], so each step in k
+// W is packed into panels of V vectors of outputs: panel[k][j], so each step in k
 // loads V vectors and broadcasts R numbers for R V fused multiply-adds (24 for 4 + 6 loads with
 // AVX-512). In bfloat16 a step takes two k at once, panel[k / 2][j] holds the pair (k, k + 1); in
 // bytes it takes four.

@@ -19,7 +19,7 @@
 namespace fastdeq {
 
 // Threads that work may be divided among: at::get_num_threads(); 1 within a parallel region, and in
-// a process that was forked from one that had opened regions, where another would never end.
+// a process that was forked from one in which fastdeq had opened regions: another would never end.
 int64_t available_threads();
 
 // What regions for one kind and size of work have gained or lost, and when there is to be another.

@@ -92,9 +92,9 @@ def plan_for(specs: Specs, weight: Tensor, activation: str) -> Any:
     dtype, size and activation; None where they have to go through Python."""
     if _backward_is_compiled():
         return None
-    key = (weight.dtype, weight.shape[0], activation, torch.is_grad_enabled())
+    key = (weight.dtype, weight.shape[0], activation, torch.is_grad_enabled(), weight.device.type)
     if key not in specs.plans:
-        specs.plans[key] = _make_plan(specs, weight, *key[2:])
+        specs.plans[key] = _make_plan(specs, weight, *key[2:4])
     return specs.plans[key]
 
 
@@ -149,7 +149,7 @@ def _backward(
     slope: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of W, x, U and b for the extension's node, by operations that can be
-    differentiated again and batched."""
+    differentiated again."""
     weight, x, input_weight, bias = inputs
     c = nn.functional.linear(x, input_weight, bias)
     grad_weight, q = affine_gradients(

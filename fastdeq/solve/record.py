@@ -39,6 +39,10 @@ class Record:
         if may_look(solution.status):
             self.judge_adjoint()
 
+    def judge_forward(self) -> None:
+        """Applies the policy to the latest forward solve."""
+        self.judge("forward", "DEQLayer, forward solve")
+
     def judge_adjoint(self) -> None:
         """Applies the policy to the latest adjoint solve."""
         self.judge("adjoint", "DEQLayer, adjoint solve")

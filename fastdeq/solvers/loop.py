@@ -165,6 +165,8 @@ def solve(
         # Comparisons with NaN are false.
         lower = norm < least if finite else (norm < least) & relative.isfinite()
         improved = judged & ((relative < best_residual) | lower)
+        if isinstance(limit, Tensor):  # the norms of two iterates may both be lower
+            improved = improved | (judged & (relative <= limit) & (best_residual > best_limit))
         if fixed:  # what meets the tolerance gives way to nothing else
             improved = improved & ((relative <= limit) | (best_residual > best_limit))
         best = torch.where(improved.unsqueeze(1), point, best)

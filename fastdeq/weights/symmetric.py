@@ -18,7 +18,8 @@ class Symmetric(Structured):
     """``W = W^T``, entries of variance ``scale^2 / (4 d)`` off the diagonal and twice that on it.
 
     A parametrised W is kept for as long as A does not change, and calls return views of it: take a
-    clone to write to. An in-place operation on one is noticed, a write through NumPy is not.
+    clone to write to. An in-place operation on one is noticed, a write to its ``data`` or through
+    NumPy is not.
 
     Args:
         features: d.

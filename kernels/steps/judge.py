@@ -110,12 +110,15 @@ def judge(best, norm, relative, k, limit, max_iter, FIXED: tl.constexpr):
     # Comparisons with NaN are false.
     meets = relative <= limit
     improved = (relative < best.residual) | ((norm < best.least_norm) & is_finite(relative))
-    improved = improved & (meets | (best.meets == 0))
-    least_norm = tl.where(norm < best.least_norm, norm, best.least_norm)
+    if FIXED:
+        improved = tl.where(best.meets, improved & meets, improved | meets)
+    else:  # what meets the tolerance ends the solve
+        improved = improved | meets
+    lower_norm = tl.where(norm < best.least_norm, norm, best.least_norm)
     now = Best(
         residual=tl.where(improved, relative, best.residual),
-        least_norm=tl.where(improved, least_norm, best.least_norm),
-        meets=best.meets | (improved & meets),
+        least_norm=tl.where(improved, lower_norm, best.least_norm),
+        meets=(best.meets | (improved & meets)) if FIXED else improved & meets,
         idle=tl.where(improved, 0, best.idle + 1),
         half_now=tl.where(norm < best.half_now, norm, best.half_now),
         half_before=best.half_before,

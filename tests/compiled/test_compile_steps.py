@@ -23,7 +23,7 @@ POINTERS = dict.fromkeys(FLOATS, "*fp32")
 POINTERS |= dict.fromkeys(("flags", "remaining", "iterations", "rejects"), "*i32")
 POINTERS |= {"change": "*bf16", "gram": "*fp64", "status": "*i8"}
 SCALARS = dict.fromkeys(
-    ("tol", "damping", "undamped", "safeguard", "accelerate_above", "radius"), "fp32"
+    ("tol", "atol", "damping", "undamped", "safeguard", "accelerate_above", "radius"), "fp32"
 )
 SCALARS |= dict.fromkeys(("regularization", "rank_tolerance", "max_weight"), "fp64")
 ALIGNED = ("size", "slot_stride")

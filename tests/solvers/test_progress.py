@@ -7,6 +7,7 @@ import torch
 
 import fastdeq
 from fastdeq import GMRES, MINRES, Anderson, HeavyBall, Neumann, Picard, Status, fixed_point
+from fastdeq.solvers import loop
 
 each_engine = pytest.mark.parametrize("engine", ["reference", "cpp"])
 
@@ -213,3 +214,31 @@ def test_a_layer_takes_the_new_options(adjoint):
 def test_the_new_options_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
         fixed_point(lambda z: 0.5 * z, torch.zeros(1, 2), **{name: value})
+
+
+def test_an_iterate_that_meets_the_tolerance_ends_the_solve_whatever_came_before():
+    """Lower relative residual and lower norm belong to two iterates before it."""
+    norms, sizes = [1.0, 2.0, 1.5], [1.25, 10.0, 7.0]
+    calls = []
+
+    def f(z):
+        k = len(calls)
+        calls.append(k)
+        value = torch.zeros_like(z)
+        value[:, 0] = sizes[k]
+        return value
+
+    class Scripted(Picard):
+        """Points from which the values are as far as the script says."""
+
+        def step(self, state, point, value, norm, running):
+            step = super().step(state, point, value, norm, running)
+            k = min(len(calls), 2)
+            following = torch.zeros_like(point)
+            following[:, 0] = sizes[k] - norms[k]
+            return step._replace(point=following)
+
+    start = torch.tensor([[sizes[0] - norms[0], 0.0]])
+    solution = loop.solve(f, start, Scripted(), tol=0.1, atol=0.85, max_iter=2, anderson_mix=None)
+    assert solution.status.tolist() == [Status.CONVERGED]
+    assert solution.iterations.tolist() == [2]
