@@ -40,6 +40,17 @@ def check_shrinking(
         assert (outputs.iterations > 50).all()  # that is, patience was put to the test
 
 
+def check_falling_norms(solve: Solve) -> None:
+    """Each step that brings a state closer is progress: with a patience of 4 its halves leave
+    0.95^2 = 0.9025 of the norm, which alone would not do."""
+    w, c = rotation(8, 0.95, torch.float32), torch.randn(3, 8)
+    start = 1e3 * torch.randn(3, 8)
+    outputs = solve(
+        Forward(w, c, "identity", start), Call(Picard(), tol=1e-2, max_iter=400, patience=4)
+    )
+    assert outputs.status.tolist() == [Status.CONVERGED] * 3
+
+
 def check_zero_equilibrium(solve: Solve, *, size=6, dtype=torch.float32) -> None:
     """Every step brings the state closer to zero; the last one is the best."""
     w, c = rotation(size, 0.8, dtype), torch.zeros(2, size, dtype=dtype)

@@ -25,6 +25,10 @@ def test_a_shrinking_state_is_not_given_up(solve, dtype):
     cases.check_shrinking(solve, Picard(), scale=0.7, dtype=dtype)
 
 
+def test_falling_norms_are_progress(solve):
+    cases.check_falling_norms(solve)
+
+
 def test_an_equilibrium_at_zero_is_reached(solve):
     cases.check_zero_equilibrium(solve)
 

@@ -31,6 +31,11 @@ def test_a_shrinking_state_is_not_given_up(solve, solver, dtype):
 
 
 @each_engine
+def test_falling_norms_are_progress(solve):
+    cases.check_falling_norms(solve)
+
+
+@each_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_equilibrium_at_zero_is_reached(solve, dtype):
     cases.check_zero_equilibrium(solve, dtype=dtype)
