@@ -55,6 +55,7 @@ sys.modules["fastdeq._C"] = None
 import torch, fastdeq
 from fastdeq.backends.report import report
 assert "missing" in report("1"), report("1")
+torch.manual_seed(0)
 layer = fastdeq.DEQLayer(fastdeq.AffineCell(4, 6, scale=0.8), solver="anderson")
 layer(torch.randn(3, 4)).sum().backward()
 assert layer.last_solution.converged.all()
