@@ -171,12 +171,12 @@ FASTDEQ_HOST_DEVICE inline void take_in(Sample& s, const AndersonOutcome& outcom
 
 // The part of a judgement that holds for every solver: residual, best iterate, stop test.
 FASTDEQ_HOST_DEVICE inline Decision verify(Sample& s, const SolveOptions& o, double norm,
-                                           double relative) {
+                                           double relative, double limit) {
   Decision d;
   s.previous_norm = s.norm;
   s.norm = norm;
   // Comparisons with NaN are false.
-  const bool meets = relative <= tolerance_at(o, norm, relative);
+  const bool meets = relative <= limit;
   const bool lower = norm < s.least_norm && std::isfinite(relative);
   d.improved = s.converged ? meets && (relative < s.best_residual || lower)
                            : meets || relative < s.best_residual || lower;
@@ -192,20 +192,27 @@ FASTDEQ_HOST_DEVICE inline Decision verify(Sample& s, const SolveOptions& o, dou
   return d;
 }
 
+FASTDEQ_HOST_DEVICE inline Decision verify(Sample& s, const SolveOptions& o, double norm,
+                                           double relative) {
+  return verify(s, o, norm, relative, tolerance_at(o, norm, relative));
+}
+
 FASTDEQ_HOST_DEVICE inline void stop(Decision& d, Status status) {
   d.stop = true;
   d.status = status;
 }
 
-// After an evaluation in full precision; the schedule is null where all of them are.
+// After an evaluation in full precision; the schedule is null where all of them are. `limit` is the
+// relative residual at which the sample has converged.
 FASTDEQ_HOST_DEVICE inline Decision judge(Sample& s, const SolveOptions& o, double norm,
-                                          double relative, PrecisionSchedule* schedule = nullptr) {
-  Decision d = verify(s, o, norm, relative);
+                                          double relative, double limit,
+                                          PrecisionSchedule* schedule = nullptr) {
+  Decision d = verify(s, o, norm, relative, limit);
   if (d.stop) return d;
   const bool finite = std::isfinite(norm);
   const bool after_full = schedule == nullptr || schedule->since_full == 0;
   if (s.plain && after_full && is_slow(s, o)) s.plain = false;
-  if (schedule != nullptr) schedule->set_goal(tolerance_at(o, norm, relative), s.plain, relative);
+  if (schedule != nullptr) schedule->set_goal(limit, s.plain, relative);
   if (o.begins_with_momentum()) {
     d.step = Step::kHeavyBall;
     d.omega = s.omega;
@@ -223,6 +230,11 @@ FASTDEQ_HOST_DEVICE inline Decision judge(Sample& s, const SolveOptions& o, doub
     ++s.iterations;
   }
   return d;
+}
+
+FASTDEQ_HOST_DEVICE inline Decision judge(Sample& s, const SolveOptions& o, double norm,
+                                          double relative, PrecisionSchedule* schedule = nullptr) {
+  return judge(s, o, norm, relative, tolerance_at(o, norm, relative), schedule);
 }
 
 // After a low-precision evaluation: it neither stops a sample nor counts as an iterate.

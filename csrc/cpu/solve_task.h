@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "common/sample.h"
+#include "cpu/iteration_task.h"
 
 namespace fastdeq {
 
@@ -78,6 +79,10 @@ struct EngineFor {
   void (*work)(const SolveTask<T>& task, int64_t worker);
   // Elementwise phi (derivative 0) or phi' (derivative 1), for tests of the vector functions.
   void (*activate)(int activation, int derivative, const T* in, T* out, int64_t count);
+  // For entries begin <= j < end of a sample of a general map; see iteration_rows.h.
+  void (*measure)(const RowEvaluation<T>& evaluation, int64_t begin, int64_t end, double* sums);
+  void (*take_step)(const RowEvaluation<T>& evaluation, const RowStep<T>& step, int64_t begin,
+                    int64_t end);
 };
 
 struct Engine {

@@ -23,6 +23,22 @@ struct Sum {
   FASTDEQ_INLINE double total() const { return sum(low + high); }
 };
 
+// Products of float are taken in double, where they are exact.
+template <typename T>
+FASTDEQ_INLINE void add_product(Sum<T>& sum, Vec<T> a, Vec<T> b) {
+  if constexpr (sizeof(T) == 8) {
+    sum.low += a * b;
+  } else {
+    sum.low += lower_half(a) * lower_half(b);
+    sum.high += upper_half(a) * upper_half(b);
+  }
+}
+
+template <typename T>
+FASTDEQ_INLINE void add_square(Sum<T>& sum, Vec<T> v) {
+  add_product(sum, v, v);
+}
+
 // The largest of all lanes, which are not NaN.
 template <typename T>
 FASTDEQ_INLINE T largest_lane(Vec<T> v) {

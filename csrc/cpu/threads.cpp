@@ -105,7 +105,7 @@ void Sharing::report(int64_t loss) {
 }
 
 Sharing& sharing_of(Shared kind, double work) {
-  constexpr int kKinds = 5, kSizes = 24;
+  constexpr int kKinds = 6, kSizes = 24;
   static std::array<std::array<Sharing, kSizes>, kKinds> all;
   return all[size_t(kind)][size_t(std::clamp(std::ilogb(work) / 2, 0, kSizes - 1))];
 }

@@ -37,7 +37,7 @@ class Sharing {
   std::atomic<int64_t> multiple_{0};     // of the next loss, to stay on one thread for
 };
 
-enum class Shared : int8_t { kSamples, kProduct, kPacking, kMixing, kSymmetricPart };
+enum class Shared : int8_t { kSamples, kProduct, kPacking, kMixing, kSymmetricPart, kIteration };
 
 // Of the whole process, for `work` of about so many multiply-adds, by powers of four.
 Sharing& sharing_of(Shared kind, double work);

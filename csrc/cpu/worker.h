@@ -7,6 +7,7 @@
 #include "cpu/anderson_slot.h"
 #include "cpu/begin_end.h"
 #include "cpu/evaluate.h"
+#include "cpu/iteration_rows.h"
 #include "cpu/pack.h"
 #include "cpu/plain_steps.h"
 #include "cpu/rounding.h"
@@ -286,7 +287,8 @@ void work(const SolveTask<T>& task, int64_t worker) {
 
 template <typename T>
 constexpr EngineFor<T> engine_for() {
-  return {&round_up<T>, &panels<T>, &pack<T>, &scratch_bytes<T>, &work<T>, &activate<T>};
+  return {&round_up<T>, &panels<T>,   &pack<T>,    &scratch_bytes<T>,
+          &work<T>,     &activate<T>, &measure<T>, &take_step<T>};
 }
 
 }  // namespace FASTDEQ_TARGET

@@ -15,11 +15,20 @@ from ..ops.solve_common import working_dtype
 from ..solution import Solution
 from ..solvers.loop import finite_rows
 from . import autograd
+from .iteration import is_compiled
 from .spec import Report, Specs
+
+
+class ArgumentWrittenError(Exception):
+    """The map changed its argument in place."""
 
 
 class Packing:
     """Packs states like an example into rows, and unpacks rows into such states.
+
+    Both without copies where the state is one tensor of the dtype of its rows, unless ``copies`` is
+    set, as it must be for a map that changes its argument in place or returns the same memory each
+    time to somebody who keeps it.
 
     The example is a tensor ``(B, ...)`` or a tuple of them with one B, floating point, on one
     device. Rows are float64 where a part is, else float32.
@@ -52,6 +61,7 @@ class Packing:
         self.parts = self.sizes if len(self.sizes) > 1 else None
         self.device = parts[0].device
         self.dtype = working_dtype(*parts)
+        self.copies = False
 
     def pack(self, state: Any, what: str = "the cell") -> Tensor:
         """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
@@ -69,23 +79,32 @@ class Packing:
         if any(p.device != self.device for p in parts):
             raise ValueError(f"{what} returned a state on another device than {self.device}.")
         rows = [p.reshape(len(p), n).to(self.dtype) for p, n in zip(parts, self.sizes, strict=True)]
-        return torch.cat(rows, 1)
+        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
 
     def unpack(self, rows: Tensor) -> Any:
-        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes.
-
-        A copy: a cell may change its argument in place, which must not change the solver's point.
-        """
-        split = rows.split(self.sizes, 1)
-        parts = tuple(
+        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
+        if len(self.sizes) == 1:
+            alone = rows.reshape(self.shapes[0]).to(self.dtypes[0], copy=self.copies)
+            return (alone,) if self.is_tuple else alone
+        split = rows.split(self.sizes, 1)  # copies: a part is contiguous
+        return tuple(
             p.reshape(s).to(d, copy=True)
             for p, s, d in zip(split, self.shapes, self.dtypes, strict=True)
         )
-        return parts if self.is_tuple else parts[0]
 
     def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
-        """``f`` on states as a map of rows."""
-        return lambda rows: self.pack(f(self.unpack(rows)))
+        """``f`` on states as a map of rows; raises :class:`ArgumentWrittenError`."""
+
+        def rows_map(rows: Tensor) -> Tensor:
+            if self.copies:
+                return self.pack(f(self.unpack(rows)))
+            version = rows._version
+            value = self.pack(f(self.unpack(rows)))
+            if rows._version != version:
+                raise ArgumentWrittenError
+            return value
+
+        return rows_map
 
 
 def solve_map(
@@ -102,14 +121,30 @@ def solve_map(
             "hooks, further arguments and solvers of one's own. Use precision='auto'."
         )
     packing = Packing(z0)
+    # Only the compiled iteration leaves a point alone that somebody keeps.
+    rows = packing.pack(z0)
+    packing.copies = rows.is_inference() or not is_compiled(
+        specs.forward.solver, specs.options.backend, rows.detach()
+    )
+    try:
+        return _solve(f, rows, packing, specs, report)
+    except ArgumentWrittenError:
+        packing.copies = True
+    return _solve(f, packing.pack(z0), packing, specs, report)
+
+
+def _solve(
+    f: Callable[[Any], Any], start: Tensor, packing: Packing, specs: Specs, report: Report
+) -> tuple[Any, Solution]:
     rows = packing.rowwise(f)
     with torch.no_grad():
-        start = finite_rows(packing.pack(z0))
+        start = finite_rows(start)  # and no longer the caller's
     # The first evaluation is made under autograd: what the cell caches then (as in
     # torch.nn.utils.parametrize.cached) keeps its graph for the evaluation that is differentiated.
-    start_value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
+    value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
     with torch.no_grad():
-        solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, start_value)
+        solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, value)
+    del start, value
     z = solution.value
     if torch.is_grad_enabled():
         failed = solution.nonfinite.unsqueeze(1)
@@ -120,6 +155,8 @@ def solve_map(
         else:
             attached = autograd.one_step(rows, z)
         z = torch.where(failed, z, attached)
-    value = packing.unpack(solution.value)
+    else:
+        z = z.clone()  # the caller may write to it
     contraction = specs.structure.contraction
-    return packing.unpack(z), replace(solution, value=value, contraction=contraction)
+    own = replace(solution, value=packing.unpack(solution.value), contraction=contraction)
+    return packing.unpack(z), own

@@ -22,6 +22,7 @@ from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
 from ..solvers.loop import solve
+from .iteration import is_compiled, iterate
 from .packed import PackedWeight
 from .trend import Traced
 
@@ -117,13 +118,20 @@ class SolveSpec:
         found = (value.detach(), status, iterations, residual, counters, contraction)
         return Solution(*found, solver=self.solver)
 
-    def iterate(self, f: Callable[[Tensor], Tensor], start: Tensor, value: Any) -> Solution:
-        """The loop in Python on a map of rows; ``value`` is ``f(start)`` where that is known.
+    def iterate(
+        self, f: Callable[[Tensor], Tensor], start: Tensor, value: Tensor | None = None
+    ) -> Solution:
+        """Solves ``z = f(z)``, f a map of rows ``(B, n)``; ``value`` is ``f(start)`` where that is
+        known. Between two evaluations runs one call of the compiled extension, or plain PyTorch.
 
-        Rows without numbers, fake or on the meta device, are evaluated once: for shapes.
+        What f sees is the memory of the iteration; see ``iteration.iterate``. Rows without numbers,
+        fake or on the meta device, are evaluated once: for shapes.
         """
         if _has_no_numbers(start):
             return self._shapes(f(start) if value is None else value)
+        check_device(self.backend, start.device.type)
+        if is_compiled(self.solver, self.backend, start):
+            return iterate(f, start, self.solver, self.options, self.parts, value)
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
             traced = Traced(self.solver, self.options.max_iter)
@@ -139,8 +147,7 @@ class SolveSpec:
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=value,
         )
-        trend = traced and traced.trend
-        return replace(solution, solver=self.solver, trend=trend)
+        return replace(solution, solver=self.solver, trend=traced)
 
     def _shapes(self, rows: Tensor) -> Solution:
         count = rows.new_empty(len(rows), dtype=torch.int32)

@@ -1,11 +1,11 @@
-"""Whether residuals still fell at the end of a solve, from norms that the loop has computed anyway.
-
-Kept by reference, a few of them, so that a solve computes nothing more and nothing waits.
+"""Whether residuals still fell at the end of a solve, from norms that the iteration has computed
+anyway: nothing more is computed before somebody asks, and nothing waits.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +17,17 @@ _SPAN = 8  # iterates whose smallest residuals are compared: accelerated ones ri
 _FALL = 0.7  # what is to be left, at most, in the second half of the iterations
 
 
+@dataclass(frozen=True)
 class Trend:
-    """Residual norms ``(B,)`` of iterates around the middle of a solve, and of its last ones."""
+    """The least residual norms ``(B,)`` of some iterates around the middle of a solve, infinite
+    where there were none, and of its last ones."""
 
-    def __init__(self, max_iter: int):
-        self._middle_at = max_iter // 2
-        self._steps = 0
-        self._middle: tuple[Tensor, ...] = ()
-        self._latest: deque[Tensor] = deque(maxlen=_SPAN)
-
-    def add(self, norm: Tensor) -> None:
-        self._latest.append(norm)
-        if self._steps == self._middle_at:
-            self._middle = tuple(self._latest)
-        self._steps += 1
+    middle: Tensor
+    end: Tensor
 
     def fell(self) -> Tensor:
         """``(B,)`` bool: for which samples it fell in the second half of all iterations."""
-        end = torch.stack(tuple(self._latest)).amin(0)
-        if not self._middle:
-            return torch.zeros_like(end, dtype=torch.bool)
-        return end <= _FALL * torch.stack(self._middle).amin(0)
+        return self.middle.isfinite() & (self.end <= _FALL * self.middle)
 
 
 class Traced:
@@ -45,11 +35,23 @@ class Traced:
 
     def __init__(self, solver: Solver, max_iter: int):
         self._solver = solver
-        self.trend = Trend(max_iter)
+        self._middle_at = max_iter // 2
+        self._steps = 0
+        self._middle: tuple[Tensor, ...] = ()
+        self._latest: deque[Tensor] = deque(maxlen=_SPAN)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._solver, name)
 
     def step(self, state: Any, point: Tensor, value: Tensor, norm: Tensor, running: Tensor) -> Step:
-        self.trend.add(norm)
+        self._latest.append(norm)
+        if self._steps == self._middle_at:
+            self._middle = tuple(self._latest)
+        self._steps += 1
         return self._solver.step(state, point, value, norm, running)
+
+    def fell(self) -> Tensor:
+        """As :meth:`Trend.fell`, after one step at least."""
+        end = torch.stack(tuple(self._latest)).amin(0)
+        middle = torch.stack(self._middle).amin(0) if self._middle else end.new_full((), torch.inf)
+        return Trend(middle, end).fell()

@@ -1,6 +1,7 @@
 """What counts as progress, when a sample is given up, and which tolerance ends it: the loop in
 Python and the C++ engine."""
 
+import iteration_cases
 import progress_cases as cases
 import pytest
 import torch
@@ -9,11 +10,13 @@ import fastdeq
 from fastdeq import GMRES, MINRES, Anderson, HeavyBall, Neumann, Picard, Status, fixed_point
 from fastdeq.solvers import loop
 
-each_engine = pytest.mark.parametrize("engine", ["reference", "cpp"])
+each_engine = pytest.mark.parametrize("engine", ["reference", "cpp", "iteration"])
 
 
 @pytest.fixture
 def solve(engine):
+    if engine == "iteration":
+        return lambda case, call: iteration_cases.run(case, call, engine)
     return lambda case, call: case.run(call, engine)
 
 
@@ -70,7 +73,7 @@ def test_states_whose_squares_overflow_are_solved(solve, solver):
     cases.check_large_states(solve, solver)
 
 
-@pytest.mark.parametrize("engine", ["cpp"])
+@pytest.mark.parametrize("engine", ["cpp", "iteration"])
 def test_after_a_step_taken_back_the_history_refills(solve, reference):
     cases.check_refill(solve, reference)
 

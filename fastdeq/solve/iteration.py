@@ -1,0 +1,70 @@
+"""The iteration of any map with the compiled extension: one call between two evaluations.
+
+``solvers/loop.py`` is the specification; csrc/cpu/iteration.cpp has the steps of plain, heavy-ball
+and Anderson iteration for tensors on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import extension
+from ..solution import Solution
+from ..solvers import SOLVERS, SolveOptions, Solver
+from ..solvers.loop import finite_rows
+from .trend import Trend
+
+_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
+
+
+def is_compiled(solver: Solver, backend: str, start: Tensor) -> bool:
+    """Whether the extension has the iterations of ``solver`` for rows like ``start`` ``(B, n)``."""
+    return (
+        extension.module is not None
+        and backend in ("auto", "cpp")
+        and solver.name in _SOLVERS
+        and SOLVERS.get(solver.name) is type(solver)
+        and not torch.compiler.is_compiling()
+        and start.numel() > 0
+        and bool(extension.module.Iteration.supports(start))
+    )
+
+
+def iterate(
+    f: Callable[[Tensor], Tensor],
+    start: Tensor,
+    solver: Solver,
+    options: SolveOptions,
+    parts: Sequence[int] | None,
+    value: Tensor | None,
+) -> Solution:
+    """``loop.solve`` of a solver that :func:`is_compiled`.
+
+    ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
+    keeps is left to it; it must not write there itself.
+    """
+    module = extension.module
+    assert module is not None
+    sizes = [start.shape[1]] if parts is None else list(parts)
+    iteration = module.Iteration(finite_rows(start).contiguous(), options, sizes)
+    if value is None:
+        value = f(iteration.point())  # nothing here holds a point
+    while iteration.advance(value):
+        del value  # a state that need not wait for the next one
+        value = f(iteration.point())
+    best, status, iterations, residual, rejects, rate, middle, end = iteration.result()
+    plain = options.window == 0 and solver.name != "heavy_ball"
+    damping = options.damping
+    return Solution(
+        best,
+        status,
+        iterations,
+        residual,
+        dict(zip(solver.rejects, rejects.unbind(1), strict=True)),
+        solver=solver,
+        observed_contraction=(rate - (1 - damping)) / damping if plain else None,
+        trend=Trend(middle, end) if options.window else None,
+    )
