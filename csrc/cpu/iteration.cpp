@@ -69,7 +69,8 @@ class IterationOf : public Iteration {
     if (batch_ >= available_threads() || numbers < kGrain) {
       parallel_for(batch_, std::max<int64_t>(1, kGrain / numbers), sharing,
                    [&](int64_t begin, int64_t end) {
-                     for (int64_t b = begin; b < end; ++b) iterate(b);
+                     Scratch own = scratch();
+                     for (int64_t b = begin; b < end; ++b) iterate(b, own);
                    });
     } else {
       iterate_in_parts(sharing);
@@ -117,12 +118,13 @@ class IterationOf : public Iteration {
   // Room in the history for what this evaluation may bring.
   void make_entries() {
     most_ages_ = 0;
-    if (judge_.options.window == 0) return;
+    const int64_t window = judge_.options.window;
+    if (window == 0) return;
     int64_t needed = 0;
     for (const IteratedSample& s : judge_.samples) {
       if (s.ended) continue;
-      needed = std::max(needed, s.entry + 1);
-      most_ages_ = std::max<int64_t>(most_ages_, s.count);
+      needed = std::max(needed, std::min(s.entered + 1, window));
+      most_ages_ = std::max(most_ages_, judge_.ages(s));
     }
     while (int64_t(f_history_.size()) < needed) {
       f_history_.push_back(at::empty_like(point_));
@@ -130,15 +132,24 @@ class IterationOf : public Iteration {
     }
   }
 
-  void iterate(int64_t b) {
+  // What a thread needs to work with.
+  struct Scratch {
+    std::vector<const T*> old;
+    std::vector<double> work;
+    explicit Scratch(int64_t window)
+        : old(size_t(2 * window + 2)), work(size_t(small_solve_doubles(window))) {}
+  };
+  Scratch scratch() const { return Scratch(judge_.options.window); }
+
+  void iterate(int64_t b, Scratch& scratch) {
     if (!sample(b).ended) {
       judge_.clear_sums(b);
       for (const Range& range : whole_) {
-        measure(b, range, judge_.sums_of(b) + range.part * judge_.places);
+        measure(b, range, judge_.sums_of(b) + range.part * judge_.places, scratch);
       }
-      judge_.decide(b, evaluations_);
+      judge_.decide(b, evaluations_, scratch.work.data());
     }
-    take_step(b, 0, size_);
+    take_step(b, 0, size_, scratch);
     end_step(b);
   }
 
@@ -147,69 +158,65 @@ class IterationOf : public Iteration {
     const int64_t count = int64_t(ranges_.size()), places = judge_.places;
     const auto for_all = [&](auto body) {
       parallel_for(batch_ * count, 1, sharing, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(i, i / count, ranges_[size_t(i % count)]);
+        Scratch own = scratch();
+        for (int64_t i = begin; i < end; ++i) body(i, i / count, ranges_[size_t(i % count)], own);
       });
     };
     std::vector<double> partial(size_t(batch_ * count * places), 0.0);
-    for_all([&](int64_t i, int64_t b, const Range& range) {
-      if (!sample(b).ended) measure(b, range, partial.data() + i * places);
+    for_all([&](int64_t i, int64_t b, const Range& range, Scratch& own) {
+      if (!sample(b).ended) measure(b, range, partial.data() + i * places, own);
     });
+    Scratch own = scratch();
     for (int64_t b = 0; b < batch_; ++b) {
       if (sample(b).ended) continue;
       judge_.clear_sums(b);
       for (int64_t i = 0; i < count; ++i) {
         double* const sums = judge_.sums_of(b) + ranges_[size_t(i)].part * places;
-        for (int64_t j = 0; j < places; ++j)
+        for (int64_t j = 0; j < places; ++j) {
           sums[j] += partial[size_t((b * count + i) * places + j)];
+        }
       }
-      judge_.decide(b, evaluations_);
+      judge_.decide(b, evaluations_, own.work.data());
     }
-    for_all([&](int64_t, int64_t b, const Range& range) { take_step(b, range.begin, range.end); });
+    for_all([&](int64_t, int64_t b, const Range& range, Scratch& own) {
+      take_step(b, range.begin, range.end, own);
+    });
     for (int64_t b = 0; b < batch_; ++b) end_step(b);
   }
 
-  // The evaluation of sample b with the history's entries before it, to which `old` will point.
-  RowEvaluation<T> evaluation(int64_t b, int64_t ages, bool enters, std::vector<const T*>& old) {
-    const int64_t entry = sample(b).entry;
+  // The place of an evaluation in the history, a ring of `window` entries.
+  size_t place_of(int64_t evaluation) const { return size_t(evaluation % judge_.options.window); }
+
+  // The evaluation of sample b, with so many of those before it.
+  RowEvaluation<T> evaluation(int64_t b, int64_t ages, Scratch& scratch) const {
     RowEvaluation<T> e;
     e.value = value_ + b * size_;
     e.point = row(point_, b);
     e.ages = ages;
-    if (enters) {
-      e.f = row(f_history_[size_t(entry)], b);
-      e.g = row(g_history_[size_t(entry)], b);
-    }
-    old.resize(size_t(2 * ages));
+    const T** const old = scratch.old.data();
+    const int64_t entered = judge_.samples[size_t(b)].entered;
     for (int64_t age = 0; age < ages; ++age) {
-      const size_t before = size_t(entry_of(entry, age + 1, judge_.entries));
-      old[size_t(age)] = row(f_history_[before], b);
-      old[size_t(ages + age)] = row(g_history_[before], b);
+      const size_t place = place_of(entered - 1 - age);
+      old[age] = row(f_history_[place], b);
+      old[ages + age] = row(g_history_[place], b);
     }
-    e.old_f = old.data();
-    e.old_g = old.data() + ages;
+    e.old_f = old;
+    e.old_g = old + ages;
     return e;
   }
 
-  // Adds to the sums of one part. What may enter the history is written there at once.
-  void measure(int64_t b, const Range& range, double* sums) {
-    const bool enters = judge_.remembers(sample(b));
-    std::vector<const T*> old;
-    const RowEvaluation<T> e = evaluation(b, enters ? sample(b).count : 0, enters, old);
+  // Adds to the sums of one part.
+  void measure(int64_t b, const Range& range, double* sums, Scratch& scratch) {
+    const RowEvaluation<T> e = evaluation(b, judge_.ages(sample(b)), scratch);
     rows_engine<T>().measure(e, range.begin, range.end, sums);
   }
 
-  void take_step(int64_t b, int64_t begin, int64_t end) {
+  void take_step(int64_t b, int64_t begin, int64_t end, Scratch& scratch) {
     const IteratedSample& s = sample(b);
     const Decision& d = s.decision;
     if (!s.ended || d.improved) {
-      const bool enters = s.enters() && !d.stop;
-      std::vector<const T*> old;
-      const int64_t ages = d.step == Step::kTakeBack ? 1 : enters ? d.count : 0;
-      const RowEvaluation<T> e = evaluation(b, ages, enters, old);
-      if (enters && !s.remembered) {  // the first that does
-        std::vector<double> unused(size_t(judge_.places), 0.0);
-        rows_engine<T>().measure(e, begin, end, unused.data());
-      }
+      const bool mixes = d.step == Step::kMix && !d.stop;
+      const int64_t ages = d.step == Step::kTakeBack ? 1 : mixes ? d.count : 0;
       RowStep<T> how;
       how.step = d.stop ? Step::kPlain : d.step;
       how.best = d.improved ? row(best_, b) : nullptr;
@@ -218,7 +225,11 @@ class IterationOf : public Iteration {
       how.damping = T(judge_.options.damping);
       how.omega = d.omega;
       how.gamma = judge_.gamma_of(b);
-      rows_engine<T>().take_step(e, how, begin, end);
+      if (s.enters() && !d.stop) {
+        how.f = row(f_history_[place_of(s.entered)], b);
+        how.g = row(g_history_[place_of(s.entered)], b);
+      }
+      rows_engine<T>().take_step(evaluation(b, ages, scratch), how, begin, end);
     }
     if (s.ended && !next_.is_same(point_)) {  // it keeps its point
       std::copy(row(point_, b) + begin, row(point_, b) + end, row(next_, b) + begin);
@@ -227,9 +238,7 @@ class IterationOf : public Iteration {
 
   void end_step(int64_t b) {
     IteratedSample& s = sample(b);
-    if (s.enters() || s.decision.step == Step::kTakeBack) {
-      s.entry = s.entry + 1 == judge_.entries ? 0 : s.entry + 1;
-    }
+    s.entered += s.enters();
     s.decision = {};
   }
 

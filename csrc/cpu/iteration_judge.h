@@ -31,12 +31,11 @@ struct Trend {
 };
 
 struct IteratedSample : Sample {
-  int64_t entry = 0;  // of the history, where the next evaluation goes
+  int64_t entered = 0;  // evaluations in the history so far, overwritten ones included
   bool ended = false;
   Status status = Status::kMaxIter;
   Trend trend;
   Decision decision;  // of this evaluation
-  bool remembered;    // it is in the history already
 
   bool enters() const { return decision.step == Step::kMix || decision.step == Step::kRefill; }
 };
@@ -67,14 +66,15 @@ class Judge {
 
   const double* gamma_of(int64_t b) const { return gamma_.data() + b * options.window; }
 
-  bool remembers(const IteratedSample& s) const { return options.window > 0 && !s.plain; }
+  // Entries of the history that the next evaluation is multiplied with.
+  int64_t ages(const IteratedSample& s) const { return s.plain ? 0 : s.count; }
 
   // From the sums of the sample's evaluation number `evaluation`.
-  void decide(int64_t b, int64_t evaluation) {
+  // `work` is for small_solve_doubles of the window.
+  void decide(int64_t b, int64_t evaluation, double* work) {
     IteratedSample& s = samples[size_t(b)];
     const double* const sums = sums_of(b);
     const Residual r = residual_of(sums);
-    s.remembered = remembers(s);
     s.decision = judge(s, options, r.norm, r.relative, r.limit);
     s.ended = s.decision.stop;
     s.status = s.decision.status;
@@ -82,14 +82,13 @@ class Judge {
     if (!s.ended) s.trend.add(evaluation, r.norm, options.updates() / 2);
     if (s.enters()) extend_gram(b, sums);
     if (s.decision.step != Step::kMix) return;
-    std::vector<double> work(size_t(small_solve_doubles(options.window)));
-    const Gram gram{gram_of(b), entries, 1, int(entries), int(s.entry), int(s.decision.count)};
+    const Gram gram{gram_of(b), entries, 1, int(entries), int(newest(s)), int(s.decision.count)};
     double* const gamma = gamma_.data() + b * options.window;
-    take_in(s, solve_small(OneLane(), gram, options, work.data(), gamma));
+    take_in(s, solve_small(OneLane(), gram, options, work, gamma));
   }
 
   SolveOptions options;
-  const int64_t entries, places;  // of the history's ring; sums of a part
+  const int64_t entries, places;  // of the Gram matrix, a ring; sums of a part
   std::vector<IteratedSample> samples;
 
  private:
@@ -119,6 +118,7 @@ class Judge {
     return r;
   }
 
+  int64_t newest(const IteratedSample& s) const { return s.entered % entries; }
   double* gram_of(int64_t b) { return gram_.data() + b * entries * entries; }
 
   void extend_gram(int64_t b, const double* sums) {
@@ -128,8 +128,8 @@ class Judge {
       const int64_t place = age == 0 ? int64_t(kResidualSquare) : kFirstProduct + age - 1;
       double inner = 0;
       for (size_t p = 0; p < parts_; ++p) inner += sums[int64_t(p) * places + place];
-      const int64_t other = entry_of(s.entry, age, entries);
-      gram[s.entry * entries + other] = gram[other * entries + s.entry] = inner;
+      const int64_t own = newest(s), other = entry_of(own, age, entries);
+      gram[own * entries + other] = gram[other * entries + own] = inner;
     }
   }
 

@@ -16,10 +16,7 @@ template <typename T>
 struct RowEvaluation {
   const T* value = nullptr;
   const T* point = nullptr;
-  // The newest entry of the history, null where the evaluation does not enter it; and `ages` older
-  // ones, newest first.
-  T* f = nullptr;
-  T* g = nullptr;
+  // Values f(z) and residuals f(z) - z of `ages` evaluations before, newest first.
   const T* const* old_f = nullptr;
   const T* const* old_g = nullptr;
   int64_t ages = 0;
@@ -31,9 +28,12 @@ struct RowStep {
   T* best = nullptr;  // where the point is the best iterate
   T* next = nullptr;  // may be the point; null: no step
   T* last = nullptr;  // heavy ball: the last change of the point
+  // Where the evaluation enters the history, which may be the place of the oldest; null: nowhere.
+  T* f = nullptr;
+  T* g = nullptr;
   T damping = 1;
   double omega = 1;
-  const double* gamma = nullptr;  // weights of the older entries, for kMix
+  const double* gamma = nullptr;  // weights of the evaluations before, for kMix
 };
 
 }  // namespace fastdeq
