@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .backends.choose import Backend
 from .cells import AffineCell, plain_tensor
 from .errors import explain_call, lists_options
+from .ops.solve_common import expanded_zeros
 from .options import AdjointName, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, Status, may_look
 from .solve.affine import linear_parameters, plan_for, solve_affine
@@ -221,7 +222,8 @@ class DEQLayer(nn.Module):
         if hasattr(self.cell, "initial_state"):
             return self.cell.initial_state(x)
         if isinstance(x, Tensor):
-            return torch.zeros_like(x)
+            plain = type(x) is Tensor and x.is_contiguous() and not torch.compiler.is_compiling()
+            return expanded_zeros(x.detach()) if plain else torch.zeros_like(x)
         raise TypeError(
             f"no start for the solve: x is a {type(x).__name__}, so pass z0=..., or define "
             "initial_state(x) on the cell."

@@ -7,6 +7,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <cmath>
+
 #include "cpu/engine.h"
 #include "cpu/iteration_judge.h"
 #include "cpu/threads.h"
@@ -41,9 +43,15 @@ class IterationOf : public Iteration {
       : judge_(options, start.size(0), parts.size()),
         batch_(start.size(0)),
         size_(start.size(1)),
-        point_(start.clone()),
-        best_(start.clone()) {
-    if (options.begins_with_momentum()) last_ = at::empty_like(start);
+        point_(start.clone(at::MemoryFormat::Contiguous)),
+        best_(at::empty_like(point_)) {
+    for (int64_t b = 0; b < batch_; ++b) {  // a row that is not finite starts from zero
+      T* const from = row(point_, b);
+      bool finite = true;
+      for (int64_t j = 0; j < size_; ++j) finite &= bool(std::isfinite(from[j]));
+      if (!finite) std::fill_n(from, size_, T(0));
+    }
+    if (options.begins_with_momentum()) last_ = at::empty_like(point_);
     int64_t begin = 0;
     for (size_t p = 0; p < parts.size(); begin += parts[p++]) {
       whole_.push_back({int64_t(p), begin, begin + parts[p]});
@@ -214,12 +222,13 @@ class IterationOf : public Iteration {
   void take_step(int64_t b, int64_t begin, int64_t end, Scratch& scratch) {
     const IteratedSample& s = sample(b);
     const Decision& d = s.decision;
-    if (!s.ended || d.improved) {
+    const bool is_best = d.improved || evaluations_ == 0;
+    if (!s.ended || is_best) {
       const bool mixes = d.step == Step::kMix && !d.stop;
       const int64_t ages = d.step == Step::kTakeBack ? 1 : mixes ? d.count : 0;
       RowStep<T> how;
       how.step = d.stop ? Step::kPlain : d.step;
-      how.best = d.improved ? row(best_, b) : nullptr;
+      how.best = is_best ? row(best_, b) : nullptr;
       how.next = d.stop ? nullptr : row(next_, b);
       how.last = row(last_, b);
       how.damping = T(judge_.options.damping);
@@ -255,8 +264,7 @@ class IterationOf : public Iteration {
 
 std::unique_ptr<Iteration> Iteration::make(const at::Tensor& start, const SolveOptions& options,
                                            const std::vector<int64_t>& parts) {
-  TORCH_CHECK(start.is_cpu() && start.dim() == 2 && start.is_contiguous(),
-              "the start must be (B, n), contiguous, on the CPU");
+  TORCH_CHECK(start.is_cpu() && start.dim() == 2, "the start must be (B, n) on the CPU");
   TORCH_CHECK(options.solver != Solver::kEnergy && options.solver != Solver::kMinres,
               "these steps are for affine cells");
   if (start.scalar_type() == at::kDouble) {

@@ -27,7 +27,7 @@ struct IterationResult {
 
 class Iteration {
  public:
-  // `start` is (B, n) float or double on the CPU, finite; `parts` are the sizes of the parts of a
+  // `start` is (B, n) float or double on the CPU; `parts` are the sizes of the parts of a
   // row, one or more, each of which is to meet the tolerance.
   static std::unique_ptr<Iteration> make(const at::Tensor& start, const SolveOptions& options,
                                          const std::vector<int64_t>& parts);

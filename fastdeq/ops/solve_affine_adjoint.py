@@ -72,7 +72,8 @@ class UnitRows(NamedTuple):
 
     def restore(self, rows: Tensor) -> Tensor:
         """Rows in the scale of the original ones; a step at a time, as the norm may overflow."""
-        return rows * self.norm * self.largest
+        restored = rows * self.norm
+        return restored * self.largest if restored.requires_grad else restored.mul_(self.largest)
 
 
 def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
@@ -91,7 +92,8 @@ def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
     scaled = grad / largest
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     norm = torch.where(norm > 0, norm, 1.0) if least is None else norm.clamp(min=1.0)
-    return UnitRows(scaled / norm, norm, largest)
+    unit = scaled / norm if scaled.requires_grad else scaled.div_(norm)
+    return UnitRows(unit, norm, largest)
 
 
 def reference(weight: Tensor, slope: Tensor, grad: Tensor, options: SolveOptions) -> Outputs:

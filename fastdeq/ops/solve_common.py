@@ -32,6 +32,11 @@ def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def expanded_zeros(like: Tensor) -> Tensor:
+    """Zeros with the shape of ``like`` in the memory of one number."""
+    return like.new_zeros(()).expand(like.shape)
+
+
 def resolve_engine(engine: str, options: SolveOptions, dtype: torch.dtype, rows: Tensor) -> str:
     """The name of an engine for a solve of ``rows`` ``(B, d)``. Where ``engine`` is a backend's
     name instead ("auto", "triton", "cuda"), the choice is made here and now: a compiled layer does

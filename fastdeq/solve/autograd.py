@@ -17,7 +17,7 @@ with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,11 +27,10 @@ from torch.autograd import Function, forward_ad
 
 from ..activations import ACTIVATIONS
 from ..ops.solve_affine_adjoint import unit_rows
+from ..ops.solve_common import expanded_zeros
 from ..solution import Status
 from .closure import ClosureTracker, cut_above
-from .spec import Report, SolveSpec, Specs, ignore
-
-Map = Callable[[Tensor], Tensor]
+from .spec import Map, Report, SolveSpec, Specs, ignore
 
 
 def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ def _solve_adjoint(
         return g.clone() if products[0] is None else g + products[0]
 
     with torch.no_grad():
-        solution = spec.iterate(adjoint_map, torch.zeros_like(g), g)
+        solution = spec.iterate(adjoint_map, expanded_zeros(g), lambda u: g)
     report(solution.with_value(unit.restore(solution.value)))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..ops.solve_common import working_dtype
-from ..solution import Solution
-from ..solvers.loop import finite_rows
+from ..solution import Solution, may_look
 from . import autograd
 from .iteration import is_compiled
 from .spec import Report, Specs
@@ -65,6 +64,15 @@ class Packing:
 
     def pack(self, state: Any, what: str = "the cell") -> Tensor:
         """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
+        if (
+            isinstance(state, Tensor)
+            and len(self.shapes) == 1
+            and state.shape == self.shapes[0]
+            and state.dtype == self.dtype
+            and state.device == self.device
+            and not self.copies
+        ):
+            return state.reshape(len(state), self.sizes[0])
         parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
         if not all(isinstance(p, Tensor) for p in parts):
             kinds = ", ".join(type(p).__name__ for p in parts)
@@ -84,7 +92,9 @@ class Packing:
     def unpack(self, rows: Tensor) -> Any:
         """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
         if len(self.sizes) == 1:
-            alone = rows.reshape(self.shapes[0]).to(self.dtypes[0], copy=self.copies)
+            alone = rows.reshape(self.shapes[0])
+            if self.copies or self.dtypes[0] != rows.dtype:
+                alone = alone.to(self.dtypes[0], copy=True)
             return (alone,) if self.is_tuple else alone
         split = rows.split(self.sizes, 1)  # copies: a part is contiguous
         return tuple(
@@ -105,6 +115,11 @@ class Packing:
             return value
 
         return rows_map
+
+
+def _none(samples: Tensor) -> bool:
+    """Whether it is known, without waiting for a device, that there is none of these."""
+    return samples.device.type == "cpu" and may_look(samples) and not bool(samples.any())
 
 
 def solve_map(
@@ -137,24 +152,28 @@ def _solve(
     f: Callable[[Any], Any], start: Tensor, packing: Packing, specs: Specs, report: Report
 ) -> tuple[Any, Solution]:
     rows = packing.rowwise(f)
+
+    def first(point: Tensor) -> Tensor:
+        # Under autograd: what the cell caches then (as in torch.nn.utils.parametrize.cached) keeps
+        # its graph for the evaluation that is differentiated.
+        with torch.set_grad_enabled(differentiable):
+            return rows(point).detach()
+
+    differentiable = torch.is_grad_enabled()
     with torch.no_grad():
-        start = finite_rows(start)  # and no longer the caller's
-    # The first evaluation is made under autograd: what the cell caches then (as in
-    # torch.nn.utils.parametrize.cached) keeps its graph for the evaluation that is differentiated.
-    value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
-    with torch.no_grad():
-        solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, value)
-    del start, value
+        solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, first)
     z = solution.value
     if torch.is_grad_enabled():
-        failed = solution.nonfinite.unsqueeze(1)
         if specs.options.gradient == "implicit":
             again = autograd.rerun_autocast(rows, z.device.type)
             adjoint = replace(specs.adjoint, parts=packing.parts)
             attached = autograd.attach(adjoint, report, again, z)
         else:
             attached = autograd.one_step(rows, z)
-        z = torch.where(failed, z, attached)
+        if _none(solution.nonfinite):
+            z = attached.clone()
+        else:
+            z = torch.where(solution.nonfinite.unsqueeze(1), z, attached)
     else:
         z = z.clone()  # the caller may write to it
     contraction = specs.structure.contraction

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..backends import extension
 from ..solution import Solution
 from ..solvers import SOLVERS, SolveOptions, Solver
-from ..solvers.loop import finite_rows
 from .trend import Trend
 
 _SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
@@ -39,9 +38,9 @@ def iterate(
     solver: Solver,
     options: SolveOptions,
     parts: Sequence[int] | None,
-    value: Tensor | None,
+    first: Callable[[Tensor], Tensor],
 ) -> Solution:
-    """``loop.solve`` of a solver that :func:`is_compiled`.
+    """``loop.solve`` of a solver that :func:`is_compiled`; ``first`` makes the first evaluation.
 
     ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
     keeps is left to it; it must not write there itself.
@@ -49,9 +48,8 @@ def iterate(
     module = extension.module
     assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
-    iteration = module.Iteration(finite_rows(start).contiguous(), options, sizes)
-    if value is None:
-        value = f(iteration.point())  # nothing here holds a point
+    iteration = module.Iteration(start, options, sizes)
+    value = first(iteration.point())  # nothing here holds a point
     while iteration.advance(value):
         del value  # a state that need not wait for the next one
         value = f(iteration.point())

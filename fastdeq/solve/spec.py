@@ -21,11 +21,12 @@ from ..ops.solve_common import Outputs, working_dtype
 from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
-from ..solvers.loop import solve
+from ..solvers.loop import finite_rows, solve
 from .iteration import is_compiled, iterate
 from .packed import PackedWeight
 from .trend import Traced
 
+Map = Callable[[Tensor], Tensor]
 Report = Callable[[Solution], None]
 
 
@@ -118,23 +119,24 @@ class SolveSpec:
         found = (value.detach(), status, iterations, residual, counters, contraction)
         return Solution(*found, solver=self.solver)
 
-    def iterate(
-        self, f: Callable[[Tensor], Tensor], start: Tensor, value: Tensor | None = None
-    ) -> Solution:
-        """Solves ``z = f(z)``, f a map of rows ``(B, n)``; ``value`` is ``f(start)`` where that is
-        known. Between two evaluations runs one call of the compiled extension, or plain PyTorch.
+    def iterate(self, f: Map, start: Tensor, first: Map | None = None) -> Solution:
+        """Solves ``z = f(z)``, f a map of rows ``(B, n)``; ``first`` makes the first evaluation,
+        where that is another way to the same value. Between two evaluations runs one call of the
+        compiled extension, or plain PyTorch.
 
         What f sees is the memory of the iteration; see ``iteration.iterate``. Rows without numbers,
         fake or on the meta device, are evaluated once: for shapes.
         """
+        first = first or f
         if _has_no_numbers(start):
-            return self._shapes(f(start) if value is None else value)
+            return self._shapes(first(start))
         check_device(self.backend, start.device.type)
         if is_compiled(self.solver, self.backend, start):
-            return iterate(f, start, self.solver, self.options, self.parts, value)
+            return iterate(f, start, self.solver, self.options, self.parts, first)
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
             traced = Traced(self.solver, self.options.max_iter)
+        start = finite_rows(start)
         solution = solve(
             f,
             start,
@@ -145,7 +147,7 @@ class SolveSpec:
             patience=self.options.patience,
             parts=self.parts,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
-            start_value=value,
+            start_value=first(start) if len(start) else None,
         )
         return replace(solution, solver=self.solver, trend=traced)
 

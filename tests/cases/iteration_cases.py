@@ -33,13 +33,13 @@ def compiled(
     start: Tensor,
     solver: Solver,
     parts: Sequence[int] | None = None,
-    value: Tensor | None = None,
+    first: Map | None = None,
     **limits,
 ) -> Solution:
     assert iteration.is_compiled(solver, "auto", start)
     with torch.no_grad():
         options = SolveOptions.of(solver, **limits)
-        return iteration.iterate(f, start, solver, options, parts, value)
+        return iteration.iterate(f, start, solver, options, parts, first or f)
 
 
 def by_loop(f: Map, start: Tensor, solver: Solver, **limits) -> Solution:

@@ -213,7 +213,7 @@ def test_values_of_any_layout_and_dtype():
         cases.compiled(lambda z: f(z)[:2], start, Anderson(), tol=1e-6, max_iter=60)
 
 
-def test_a_value_that_is_known_is_not_evaluated_again():
+def test_the_first_evaluation_may_be_made_in_another_way():
     f, start = problem()
     calls = []
 
@@ -221,7 +221,7 @@ def test_a_value_that_is_known_is_not_evaluated_again():
         calls.append(0)
         return f(z)
 
-    known = cases.compiled(counted, start, Picard(), value=f(start), tol=1e-6, max_iter=60)
+    known = cases.compiled(counted, start, Picard(), first=f, tol=1e-6, max_iter=60)
     with_value = len(calls)
     calls.clear()
     assert_same(known, cases.compiled(counted, start, Picard(), tol=1e-6, max_iter=60), tol=0)
