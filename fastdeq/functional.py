@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from .backends.choose import Backend
 from .errors import lists_options
-from .options import AdjointName, Gradient, Options, Precision, SolverName, State
+from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, handle_failure
+from .solve.checked_maps import with_the_code_of
 from .solve.general import solve_map
 from .solve.spec import Specs
 from .solvers import Solver, Structure
@@ -21,6 +22,7 @@ def fixed_point(
     solver: SolverName | Solver = "auto",
     adjoint: AdjointName | Solver = "auto",
     gradient: Gradient = "implicit",
+    batch_dim: BatchDim = 0,
     tol: float = 1e-4,
     adjoint_tol: float | None = None,
     atol: float = 0.0,
@@ -52,6 +54,7 @@ def fixed_point(
         solver=solver,
         adjoint=adjoint,
         gradient=gradient,
+        batch_dim=batch_dim,
         tol=tol,
         adjoint_tol=adjoint_tol,
         atol=atol,
@@ -67,6 +70,7 @@ def fixed_point(
     def report(solution: Solution) -> None:
         handle_failure(solution, on_failure, "adjoint solve")
 
-    z, solution = solve_map(f, z0, Specs(options, Structure()), report)
+    specs = Specs(options, Structure())
+    z, solution = solve_map(f, z0, specs, report, with_the_code_of(f), f)
     handle_failure(solution, on_failure, "fixed_point")
     return z, solution

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from .backends.choose import Backend
-from .cells import AffineCell, plain_tensor
+from .cells import AffineCell
 from .errors import explain_call, lists_options
-from .options import AdjointName, Gradient, Options, Precision, SolverName, State
-from .solution import OnFailure, Solution, Status, may_look
+from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
+from .solution import OnFailure, Solution
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.checked_maps import CheckedMaps
 from .solve.general import solve_map
+from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
 from .solve.record import Record
 from .solve.spec import Specs
 from .solvers import Solver, Structure
@@ -68,6 +69,8 @@ class DEQLayer(nn.Module):
 
     _specs: Specs | None = None
     _record: Record
+    _checked: CheckedMaps
+    _original_cell: tuple[Any, ...] = ()  # of the layer that a replica stands for
 
     @lists_options("DEQLayer")
     def __init__(
@@ -77,6 +80,7 @@ class DEQLayer(nn.Module):
         solver: SolverName | Solver = "auto",
         adjoint: AdjointName | Solver = "auto",
         gradient: Gradient = "implicit",
+        batch_dim: BatchDim = 0,
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         atol: float = 0.0,
@@ -96,6 +100,7 @@ class DEQLayer(nn.Module):
             solver=solver,
             adjoint=adjoint,
             gradient=gradient,
+            batch_dim=batch_dim,
             tol=tol,
             adjoint_tol=adjoint_tol,
             atol=atol,
@@ -108,6 +113,7 @@ class DEQLayer(nn.Module):
             on_failure=on_failure,
         )
         self._record = Record()
+        self._checked = CheckedMaps()
 
     def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
         """The equilibrium for x; further arguments go to the cell after x.
@@ -132,18 +138,24 @@ class DEQLayer(nn.Module):
                 return self._solve_affine(cell, x, z0)
         finite = None
         start = self._start(x) if z0 is None else z0
-        if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
-            x, finite = _finite_samples(x)
+        dims = samples_of(x, start, self.options.batch_dim)
+        if dims is not None:
+            x, finite = finite_samples(x, dims)
         specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
         try:
             z, solution = solve_map(
-                lambda state: self.cell(state, x, *context), start, specs, report
+                lambda state: self.cell(state, x, *context),
+                start,
+                specs,
+                report,
+                self._checked,
+                self._original_cell[0] if self._original_cell else self.cell,
             )
         except TypeError as error:
             explain_call(self.cell, context, error)
             raise
-        if finite is not None:
-            z, solution = _mark_nonfinite(z, solution, ~finite)
+        if finite is not None and dims is not None:
+            z, solution = mark_nonfinite(z, solution, ~finite, dims)
         self._record.forward = solution
         self._record.judge_forward()
         return z
@@ -167,7 +179,7 @@ class DEQLayer(nn.Module):
                 z: Tensor | None = plan.solve(record, weight, x, *linear, z0)
                 if z is not None:
                     return z
-        x, finite = _finite_samples(cell.checked_input(x))
+        x, finite = finite_samples(cell.checked_input(x))
         injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
         z, record.forward = solve_affine(
@@ -228,62 +240,18 @@ class DEQLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without the record of past solves."""
+        """Copies and pickles start without the record of past solves and checks."""
         state = self.__dict__.copy()
-        state["_record"] = Record()
+        state["_record"], state["_checked"] = Record(), CheckedMaps()
         state.pop("_specs", None)
         return state
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._record = Record(self._record.warned)  # each replica solves a part of its own
+        replica._original_cell = self._original_cell or (self.cell,)
         return replica
 
     def extra_repr(self) -> str:
         o = self.options
         return f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
-
-
-def _batch_of(state: Any) -> tuple[int, ...]:
-    """``(B,)`` of a state, or () where it is none; the solve will say so."""
-    first = state[0] if isinstance(state, (tuple, list)) and state else state
-    return tuple(first.shape[:1]) if isinstance(first, Tensor) else ()
-
-
-def _is_surely_finite(x: Tensor) -> bool:
-    """Whether all of x is finite, where that can be seen without waiting for a device."""
-    # A sum is finite only where every entry is.
-    return x.device.type == "cpu" and may_look(x) and math.isfinite(x.detach().sum().item())
-
-
-def _finite_samples(x: Any) -> tuple[Any, Tensor | None]:
-    """x with non-finite samples zeroed, and which are finite ``(B,)``; None where it is known that
-    all are, or x is no tensor of samples."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-        return x, None
-    if _is_surely_finite(x):
-        return x, None
-    finite = (x.detach() * 0) == 0
-    if x.dim() > 1:
-        finite = finite.flatten(1).all(1)
-    zeroed = torch.where(finite.view((-1,) + (1,) * (x.dim() - 1)), x, 0.0)
-    return zeroed, plain_tensor(finite)
-
-
-def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solution]:
-    """z and solution with the samples ``bad`` ``(B,)`` reported NONFINITE and set to zero."""
-
-    def zero(part: Tensor) -> Tensor:
-        return torch.where(bad.view((-1,) + (1,) * (part.dim() - 1)), 0.0, part)
-
-    def each(state: Any) -> Any:
-        return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
-
-    marked = dataclasses.replace(
-        solution,
-        value=each(solution.value),
-        status=torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
-        iterations=torch.where(bad, 0, solution.iterations),
-        residual=torch.where(bad, torch.inf, solution.residual),
-    )
-    return each(z), marked

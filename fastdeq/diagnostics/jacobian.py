@@ -174,7 +174,7 @@ class _Linearization:
             z, excluded = _equilibrium(cell, layer, x, context)
         elif isinstance(cell, AffineCell):
             z = cell.check_state(z, cell.inject(x).detach())
-        packing = Packing(z)
+        packing = Packing(z, 0 if layer is None else layer.options.batch_dim)
         rows = packing.pack(z).detach()
         if excluded is None:
             excluded = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)

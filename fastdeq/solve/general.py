@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,23 +12,26 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..ops.solve_common import working_dtype
+from ..samples import BatchDim, as_rows, batch_shape, from_rows, resolve
 from ..solution import Solution
 from ..solvers.loop import finite_rows
 from . import autograd
+from .checked_maps import CheckedMaps
 from .spec import Report, Specs
 
 
 class Packing:
     """Packs states like an example into rows, and unpacks rows into such states.
 
-    The example is a tensor ``(B, ...)`` or a tuple of them with one B, floating point, on one
-    device. Rows are float64 where a part is, else float32.
+    The example is a tensor or a tuple of them, floating point, on one device, whose dimensions
+    ``batch_dim`` have the same sizes; B is their product, and 1 where ``batch_dim`` is None. Rows
+    are float64 where a part is, else float32.
 
     Raises:
         TypeError, ValueError: an example of another kind, with what it was.
     """
 
-    def __init__(self, example: Any):
+    def __init__(self, example: Any, batch_dim: BatchDim = 0):
         self.is_tuple = isinstance(example, (tuple, list))
         parts = tuple(example) if self.is_tuple else (example,)
         if not parts or not all(isinstance(p, Tensor) for p in parts):
@@ -37,17 +40,18 @@ class Packing:
         for p in parts:
             if not p.is_floating_point():
                 raise TypeError(f"the state has dtype {p.dtype}; it must be real floating point.")
-            if p.dim() == 0:
-                raise ValueError(
-                    "the state has shape (); it needs a leading batch dimension, (B, ...): "
-                    "state.unsqueeze(0) is one sample."
-                )
-        if len({(p.shape[0], p.device) for p in parts}) > 1:
+        self.dims = resolve(batch_dim, parts)
+        if len({(batch_shape(p, self.dims), p.device) for p in parts}) > 1:
             seen = "; ".join(f"{tuple(p.shape)} on {p.device}" for p in parts)
-            raise ValueError(f"the parts of the state differ in batch size or device: {seen}.")
+            raise ValueError(
+                f"the parts of the state differ in batch size or device: {seen}, where "
+                f"batch_dim={batch_dim} counts samples (None: all of the state is one)."
+            )
         self.shapes = [p.shape for p in parts]
+        self.ndims = tuple(p.dim() for p in parts)
         self.dtypes = [p.dtype for p in parts]
-        self.sizes = [math.prod(s[1:]) for s in self.shapes]
+        rest = [[n for d, n in enumerate(s) if d not in self.dims] for s in self.shapes]
+        self.sizes = [math.prod(sizes) for sizes in rest]
         #: Sizes of the parts in a row, where there are several.
         self.parts = self.sizes if len(self.sizes) > 1 else None
         self.device = parts[0].device
@@ -68,8 +72,7 @@ class Packing:
             )
         if any(p.device != self.device for p in parts):
             raise ValueError(f"{what} returned a state on another device than {self.device}.")
-        rows = [p.reshape(len(p), n).to(self.dtype) for p, n in zip(parts, self.sizes, strict=True)]
-        return torch.cat(rows, 1)
+        return torch.cat([self._rows_of(p).to(self.dtype) for p in parts], 1)
 
     def unpack(self, rows: Tensor) -> Any:
         """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes.
@@ -78,10 +81,16 @@ class Packing:
         """
         split = rows.split(self.sizes, 1)
         parts = tuple(
-            p.reshape(s).to(d, copy=True)
+            self._part_of(p, s).to(d, copy=True, memory_format=torch.contiguous_format)
             for p, s, d in zip(split, self.shapes, self.dtypes, strict=True)
         )
         return parts if self.is_tuple else parts[0]
+
+    def _rows_of(self, part: Tensor) -> Tensor:
+        return as_rows(part, self.dims)
+
+    def _part_of(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        return from_rows(rows, shape, self.dims)
 
     def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
         """``f`` on states as a map of rows."""
@@ -89,19 +98,28 @@ class Packing:
 
 
 def solve_map(
-    f: Callable[[Any], Any], z0: Any, specs: Specs, report: Report
+    f: Callable[[Any], Any],
+    z0: Any,
+    specs: Specs,
+    report: Report,
+    checked: CheckedMaps,
+    known_as: Any,
 ) -> tuple[Any, Solution]:
     """``z = f(z)`` for f on states like ``z0``. ``report`` receives the adjoint's solution.
 
+    In grad mode samples are seen to be independent, unless ``checked`` knows the map ``known_as``,
+    which stands for f.
+
     Raises:
         BackendError: a backend or precision that cannot be had.
+        CoupledSamplesError: a sample depends on another one.
     """
     if specs.options.precision == "mixed":
         raise BackendError(
             "precision='mixed' is not available: only the solve of an AffineCell has it, without "
             "hooks, further arguments and solvers of one's own. Use precision='auto'."
         )
-    packing = Packing(z0)
+    packing = Packing(z0, specs.options.batch_dim)
     rows = packing.rowwise(f)
     with torch.no_grad():
         start = finite_rows(packing.pack(z0))
@@ -113,13 +131,21 @@ def solve_map(
     z = solution.value
     if torch.is_grad_enabled():
         failed = solution.nonfinite.unsqueeze(1)
+        check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
         if specs.options.gradient == "implicit":
             again = autograd.rerun_autocast(rows, z.device.type)
             adjoint = replace(specs.adjoint, parts=packing.parts)
-            attached = autograd.attach(adjoint, report, again, z)
+            attached = autograd.attach(adjoint, report, again, z, check)
         else:
+            if check is not None:  # on an evaluation of its own: one_step keeps no leaf at z
+                at = z.detach().requires_grad_()
+                check(rows(at), at)
             attached = autograd.one_step(rows, z)
         z = torch.where(failed, z, attached)
-    value = packing.unpack(solution.value)
-    contraction = specs.structure.contraction
-    return packing.unpack(z), replace(solution, value=value, contraction=contraction)
+    solution = replace(
+        solution,
+        value=packing.unpack(solution.value),
+        contraction=specs.structure.contraction,
+        batch_dim=specs.options.batch_dim,
+    )
+    return packing.unpack(z), solution

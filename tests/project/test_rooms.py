@@ -30,6 +30,7 @@ ROOMS = (
     "kernels",
     "solvers",
     "solution",
+    "samples",
     "theory",
     "activations",
     "cuda_stream",
