@@ -19,6 +19,7 @@ from .solve.general import solve_map
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
 from .solve.record import Record
 from .solve.spec import Specs
+from .solve.start import EXPLAINED, other_shapes, unlike_input
 from .solvers import Solver, Structure
 from .solvers.picard import CERTIFIED
 
@@ -28,14 +29,18 @@ class DEQLayer(nn.Module):
 
     Args:
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
-            returns a state like z (a tensor ``(B, ...)`` or a tuple of them) and treats samples
-            independently. It may define ``initial_state(x)``.
+            returns a state like z (a tensor or a tuple of them) and treats samples independently.
+            It may define ``initial_state(x)``.
         solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
             object such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
             "picard", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap).
+        batch_dim: which dimension of the state counts samples, the same in each of its parts: an
+            int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
+            all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
+            training mode). Negative ones count from the back. An :class:`AffineCell` has 0.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.
@@ -60,10 +65,17 @@ class DEQLayer(nn.Module):
         last_solution, last_adjoint_solution: the :class:`Solution` of the latest forward and
             backward solve, or None.
 
+    Per-sample results are ``(B,)`` over the samples, in row-major order of the batch dimensions; B
+    is 1 with ``batch_dim=None``. That samples are independent is looked at once, at the first call
+    in grad mode with two of them or more, and again for another cell or ``batch_dim``, other modules
+    of it in training mode, or a state with another number of dimensions; not without grad mode nor
+    inside ``torch.compile``. Copies and unpickled layers look again.
+
     Gradients follow grad mode, never ``self.training``.
 
     Raises:
         TypeError, ValueError: options or input that do not fit, with what does.
+        CoupledSamplesError: a sample depends on another; a ValueError.
         BackendError: a backend or precision that cannot be had for the input.
     """
 
@@ -119,13 +131,15 @@ class DEQLayer(nn.Module):
         """The equilibrium for x; further arguments go to the cell after x.
 
         A sample of a tensor x that is not finite ends NONFINITE: it returns zeros, gets and
-        gives a zero gradient, and the other samples are solved as if it were absent.
+        gives a zero gradient, and the other samples are solved as if it were absent. That is for x
+        with the batch dimensions of the state; with ``batch_dim=None`` all of x is one sample.
 
         Args:
             x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
             context: further arguments of a general cell.
-            z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
-                that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
+            z0: start of the solve, shaped like the state, in its dtype and on its device; default
+                ``cell.initial_state(x)`` where that exists, else zeros: ``(B, features)`` or, for
+                a general cell, shaped like x.
         """
         if z0 is not None and getattr(self.options.solver, "fixed_iterations", 0) == CERTIFIED:
             raise ValueError(
@@ -141,6 +155,8 @@ class DEQLayer(nn.Module):
         dims = samples_of(x, start, self.options.batch_dim)
         if dims is not None:
             x, finite = finite_samples(x, dims)
+        elif z0 is not None and isinstance(x, Tensor):
+            self._explain_start(z0, x)
         specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
         try:
             z, solution = solve_map(
@@ -151,8 +167,11 @@ class DEQLayer(nn.Module):
                 self._checked,
                 self._original_cell[0] if self._original_cell else self.cell,
             )
-        except TypeError as error:
-            explain_call(self.cell, context, error)
+        except EXPLAINED as error:
+            if isinstance(error, TypeError):
+                explain_call(self.cell, context, error)
+            if z0 is not None and type(error) in EXPLAINED:
+                self._explain_start(z0, x, error)
             raise
         if finite is not None and dims is not None:
             z, solution = mark_nonfinite(z, solution, ~finite, dims)
@@ -168,8 +187,26 @@ class DEQLayer(nn.Module):
         def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
         def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
 
+    def _explain_start(self, z0: Any, x: Any, error: Exception | None = None) -> None:
+        """Raises ValueError where z0 has other shapes than the cell's own start for x, or where
+        there is no such start, ``error`` was raised, and z0 and x do not go together."""
+        wrong = None
+        if hasattr(self.cell, "initial_state"):
+            with torch.no_grad():
+                wrong = other_shapes(z0, self.cell.initial_state(x))
+        if wrong is None and error is not None:
+            wrong = unlike_input(z0, x, self.options.batch_dim)
+        if wrong is not None:
+            raise ValueError(wrong) from error
+
     def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
         record = self._record
+        if self.options.batch_dim not in (0, -2):
+            raise ValueError(
+                f"batch_dim={self.options.batch_dim}, but the state of an AffineCell is "
+                "(B, features): its rows are the samples, so leave batch_dim at 0. A cell whose "
+                "rows depend on each other is a module of your own."
+            )
         specs = self._specs_for(cell.structure())
         weight = cell.recurrent_weight()
         linear = None if torch.compiler.is_compiling() else linear_parameters(cell.injection)
