@@ -67,9 +67,9 @@ class DEQLayer(nn.Module):
 
     Per-sample results are ``(B,)`` over the samples, in row-major order of the batch dimensions; B
     is 1 with ``batch_dim=None``. That samples are independent is looked at once, at the first call
-    in grad mode with two of them or more, and again for another cell or ``batch_dim``, other modules
-    of it in training mode, or a state with another number of dimensions; not without grad mode nor
-    inside ``torch.compile``. Copies and unpickled layers look again.
+    in grad mode with two of them or more, and again for another cell or ``batch_dim``, other
+    modules of it in training mode, or a state with another number of dimensions; not without grad
+    mode nor inside ``torch.compile``. Copies and unpickled layers look again.
 
     Gradients follow grad mode, never ``self.training``.
 

@@ -68,7 +68,7 @@ class CheckedMaps:
         """What is to look at an evaluation of f that is under autograd, see ``coupling.check_of``;
         None where f was seen before. ``dims`` are the numbers of dimensions of the state's parts,
         ``rows`` the state ``(B, n)``."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(rows) < 2:
             return None
         key = _key(f)
         if key is not None and (key := (batch_dim, dims, *key)) in self._keys:

@@ -1,0 +1,350 @@
+"""Samples that depend on each other raise at the first call in grad mode; others never do."""
+
+import functools
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from coupled_cases import F64, TIGHT, Counted, contraction, coupled_graphs, graph
+from torch import nn
+from torch.utils import checkpoint
+
+from fastdeq import CoupledSamplesError, fixed_point
+from fastdeq.solve import checked_maps, coupling
+
+
+def solve(f, z0, **options):
+    return fixed_point(f, z0, **{"on_failure": "ignore", **options})
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "one_step"])
+@pytest.mark.parametrize("name", coupled_graphs())
+def test_graphs(name, gradient):
+    nodes, edges = coupled_graphs()[name]
+    a, b = graph(nodes, *edges), torch.randn(nodes, 3, dtype=F64, requires_grad=True)
+    with pytest.raises(CoupledSamplesError, match=r"independent.*batch_dim=None") as caught:
+        solve(lambda z: a @ z + b, torch.zeros(nodes, 3, dtype=F64), gradient=gradient)
+    if len(edges) == 1:
+        (i, j) = edges[0]
+        assert f"sample {i} depends on the state of sample {j} ({nodes} samples" in str(
+            caught.value
+        )
+    z, solution = fixed_point(
+        lambda z: a @ z + b, torch.zeros(nodes, 3, dtype=F64), batch_dim=None, **TIGHT
+    )
+    torch.testing.assert_close(z, torch.linalg.solve(torch.eye(nodes, dtype=F64) - a, b))
+    assert solution.status.tolist() == [0]
+
+
+@pytest.mark.parametrize("batch", [*range(2, 12), 37, 70, 71, 252, 253, 1000])
+def test_some_set_separates_every_two_samples(batch):
+    sets = coupling.separating_sets(batch)
+    apart = (sets.unsqueeze(2) & ~sets.unsqueeze(1)).any(0)  # i is in a set that j is not in
+    assert torch.equal(apart, ~torch.eye(batch, dtype=torch.bool))
+    assert len(sets) <= {2: 2, 70: 8, 71: 9, 252: 10, 253: 11, 1000: 13}.get(batch, 8)
+
+
+def test_nothing_has_to_require_grad():
+    a = graph(5, (0, 1), (1, 0))
+    with pytest.raises(ValueError, match="sample"):
+        solve(lambda z: a @ z + 1, torch.zeros(5, 2, dtype=F64))
+    with torch.no_grad():  # inference alone is not checked
+        solve(lambda z: a @ z + 1, torch.zeros(5, 2, dtype=F64))
+
+
+def test_a_vector():
+    n, i = 7, torch.eye(7, dtype=F64)
+    a, v = contraction(n), torch.randn(n, dtype=F64)
+    b = torch.randn(n, dtype=F64, requires_grad=True)
+    with pytest.raises(CoupledSamplesError, match="batch_dim=0"):
+        solve(lambda z: a @ z + b, torch.zeros(n, dtype=F64))
+    z, _ = fixed_point(lambda z: a @ z + b, torch.zeros(n, dtype=F64), batch_dim=None, **TIGHT)
+    torch.testing.assert_close(z, torch.linalg.solve(i - a, b))
+    (g,) = torch.autograd.grad(z @ v, b)
+    torch.testing.assert_close(g, torch.linalg.solve((i - a).T, v))
+
+
+def test_a_part_of_a_tuple_couples():
+    mix = torch.full((6, 6), 1 / 12, dtype=F64)
+
+    def f(state):
+        u, v = state
+        return 0.3 * u + 1, 0.3 * v + mix @ u[:, :2]
+
+    start = (torch.zeros(6, 3, dtype=F64), torch.zeros(6, 2, dtype=F64))
+    with pytest.raises(CoupledSamplesError):
+        solve(f, start)
+
+
+def test_the_dimension_that_counts_is_named():
+    a = contraction(4)
+    f = lambda z: torch.einsum("st,tbd->sbd", a, z) + 1  # noqa: E731
+    start = torch.zeros(4, 3, 2, dtype=F64)
+    for wrong in (0, (0, 1), (1, 0), (0, 2)):
+        with pytest.raises(CoupledSamplesError, match="counted by batch_dim="):
+            solve(f, start, batch_dim=wrong)
+    for right in (1, 2, (1, 2), (2, 1), -1, None):
+        solve(f, start, batch_dim=right)
+
+
+class Attention(nn.Module):
+    """Over the positions within each sample, masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, z):
+        mask = nn.Transformer.generate_square_subsequent_mask(z.shape[1])
+        return 0.1 * self.attention(z, z, z, attn_mask=mask, need_weights=False)[0] + 0.2
+
+
+INDEPENDENT = {
+    "convolution": (nn.Conv2d(4, 4, 3, padding=1), (5, 4, 9, 9)),
+    "depthwise": (nn.Conv2d(4, 4, 5, padding=2, groups=4), (3, 4, 8, 8)),
+    "layer norm": (nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), (33, 6)),
+    "group norm": (nn.GroupNorm(2, 4), (6, 4, 5, 5)),
+    "batch norm in eval mode": (nn.BatchNorm1d(6).eval(), (7, 6)),
+    "attention": (Attention(), (6, 5, 8)),
+    "recurrent": (nn.LSTM(4, 4, batch_first=True), (5, 3, 4)),
+    "dead": (nn.Sequential(nn.Linear(6, 6), nn.Threshold(100, 0.5)), (9, 6)),
+    "checkpointed": (nn.Linear(6, 6), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "one_step"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_no_false_alarm(name, autocast, gradient):
+    module, shape = INDEPENDENT[name]
+    x = torch.randn(shape)
+
+    def f(z):
+        if name == "checkpointed":
+            return 0.2 * checkpoint.checkpoint(module, z, use_reentrant=False) + x
+        out = module(z)
+        return 0.2 * (out[0] if isinstance(out, tuple) else out).float() + x
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        solve(f, torch.zeros(shape), gradient=gradient, max_iter=15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_states_of_every_dtype(dtype):
+    w = contraction(6).to(dtype)
+    solve(lambda z: torch.tanh(z @ w) + 1, torch.zeros(11, 6, dtype=dtype))
+    with pytest.raises(CoupledSamplesError):
+        solve(lambda z: torch.tanh(w @ z) + 1, torch.zeros(6, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_samples_that_are_not_finite_prove_nothing(poison):
+    w, c = contraction(5), torch.randn(9, 5, dtype=F64)
+    c[4, 2] = poison
+    solve(lambda z: z @ w + c, torch.zeros(9, 5, dtype=F64))
+    scale = torch.ones(9, 1, dtype=F64)
+    scale[3] = poison  # infinite times a cotangent of zero
+    solve(lambda z: torch.where(scale.isfinite(), z @ w, z * scale), torch.ones(9, 5, dtype=F64))
+    a = graph(9, (2, 3), (6, 8))  # and the finite ones are looked at all the same
+    with pytest.raises(CoupledSamplesError, match="sample 7 depends on the state of sample 8"):
+        solve(lambda z: a[[0, *range(8)]] @ (z * scale), torch.ones(9, 5, dtype=F64))
+
+
+def test_a_second_derivative():
+    w, c = contraction(4), torch.randn(6, 4, dtype=F64, requires_grad=True)
+    z, _ = fixed_point(lambda z: torch.tanh(z @ w + c), torch.zeros(6, 4, dtype=F64), **TIGHT)
+    (g,) = torch.autograd.grad(z.pow(2).sum(), c, create_graph=True)
+    (h,) = torch.autograd.grad(g.pow(2).sum(), c)
+    assert h.isfinite().all()
+
+
+def test_a_function_is_checked_once_for_each_code_and_number_of_dimensions():
+    w, products = contraction(4), []
+
+    def call(*shape, z0=None, **options):
+        """How many products pass, before a gradient is asked for."""
+        products.clear()
+        c = torch.randn(shape, dtype=F64, requires_grad=True)  # a new function over a new tensor
+        f = lambda z: Counted.apply(z @ w, products) + c  # noqa: E731
+        solve(f, torch.zeros(shape, dtype=F64), **options)
+        return len(products)
+
+    assert call(1, 4) == 0  # nothing to look at
+    assert call(5, 4) == len(coupling.separating_sets(5))
+    assert [call(n, 4) for n in (5, 3, 1, 80)] == [0, 0, 0, 0]
+    assert call(5, 2, 4) > 0
+    assert call(5, 2, 4) == 0
+    assert call(5, 2, 4, batch_dim=1) > 0
+    assert call(5, 2, 4, batch_dim=1) == 0
+    assert call(5, 2, 4, batch_dim=None) == 0
+
+
+def test_the_random_state_stays_as_it_is():
+    w = contraction(4)
+    before = torch.get_rng_state()
+    solve(lambda z: z @ w + 1, torch.zeros(9, 4, dtype=F64))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def norm_solve(norm, z0, **options):
+    """One code for every module."""
+    return solve(lambda z: 0.3 * norm(z) + 1, z0, **options)
+
+
+def test_modules_in_the_function_are_told_apart_and_so_are_their_modes():
+    z0 = torch.randn(6, 4)
+    norm = nn.BatchNorm1d(4).eval()
+    norm_solve(nn.LayerNorm(4), z0)
+    norm_solve(norm, z0)
+    for frozen in (norm, nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4), norm)):
+        with pytest.raises(CoupledSamplesError):
+            norm_solve(frozen.train(), z0)
+        norm_solve(frozen.eval(), z0)
+        norm_solve(frozen.train(), z0, batch_dim=None)
+
+
+NORM = nn.BatchNorm1d(4).eval()
+
+
+class Holder:
+    def __init__(self, norm):
+        self.norm = norm
+
+    def __call__(self, z):
+        return 0.3 * self.norm(z) + 1
+
+    def method(self, z):
+        return self(z)
+
+
+def halved(function, z):
+    return function(z) / 2
+
+
+def test_modules_are_found_where_functions_keep_them():
+    z0, norm = torch.randn(6, 4), nn.BatchNorm1d(4).eval()
+    holder, inner = Holder(norm), lambda z: norm(z)
+    ways = [
+        (NORM, lambda z: 0.3 * NORM(z) + 1),
+        (norm, lambda z: 0.3 * inner(z) + 1),
+        (norm, functools.partial(halved, inner)),
+        (norm, holder),
+        (norm, holder.method),
+        (norm, lambda z: holder(z)),
+        (norm, norm),
+    ]
+    for module, f in ways:
+        solve(f, z0)
+        module.train()
+        with pytest.raises(CoupledSamplesError):
+            solve(f, z0)
+        module.eval()
+
+
+def test_nothing_is_kept_alive():
+    def make():
+        net = nn.Linear(3, 3)
+        code = compile("def f(z): return 0.1 * net(z) + 1", "somewhere", "exec")
+        space = {"net": net}
+        exec(code, space)
+        return space["f"], net
+
+    before = len(checked_maps._by_code)
+    f, net = make()
+    solve(f, torch.zeros(4, 3))
+    assert len(checked_maps._by_code) == before + 1
+    alive = weakref.ref(net)
+    del f, net
+    gc.collect()
+    assert alive() is None
+    assert len(checked_maps._by_code) == before
+
+
+def test_functions_of_every_kind():
+    """Built-in ones, objects that compare by value, and that cannot be referenced weakly."""
+
+    class Slots:
+        __slots__ = ("calls",)
+
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, z):
+            return 0.5 * Counted.apply(z, self.calls) + 1
+
+    class ByValue:
+        __hash__ = None
+
+        def __eq__(self, other):
+            raise AssertionError
+
+        def __call__(self, z):
+            return 0.5 * z + 1
+
+    z0 = torch.zeros(4, 3)
+    slots, value = Slots(), ByValue()
+    for f in (torch.cos, nn.functional.relu, value, value, functools.partial(torch.mul, 0.5)):
+        solve(f, z0)
+        solve(f, z0)
+    for _ in range(2):  # not known again, so looked at again
+        slots.calls.clear()
+        solve(slots, z0)
+        assert slots.calls
+    with pytest.raises(CoupledSamplesError):
+        solve(lambda z: torch.cumsum(z, 0) / 9 + 1, z0)
+
+
+def test_more_maps_than_are_remembered():
+    for _ in range(checked_maps._MOST + 5):
+        norm_solve(nn.LayerNorm(4), torch.zeros(3, 4), max_iter=3)
+    memory = checked_maps.with_the_code_of(lambda z: z)
+    assert len(memory._keys) <= checked_maps._MOST
+    assert max(len(m._keys) for m in checked_maps._by_code.values()) <= checked_maps._MOST
+
+
+class NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return 0.5 * z
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("no derivative")
+
+
+def test_a_map_without_a_derivative_still_has_a_solution():
+    z, _ = fixed_point(lambda z: NoDerivative.apply(z) + 1, torch.zeros(4, 3))
+    torch.testing.assert_close(z, torch.full((4, 3), 2.0), rtol=1e-3, atol=0)
+    c = torch.ones(4, 3)
+    for cut in (lambda z: c, lambda z: 0.5 * z.detach() + c, lambda z: c + 0 * z.new_ones(4, 3)):
+        solve(cut, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 0), (0, 0)])
+def test_nothing_to_look_at(shape):
+    solve(lambda z: 0.5 * z + z.sum(0), torch.zeros(shape), max_iter=5)
+
+
+def test_threads():
+    w, errors = contraction(4), []
+    a = graph(9, (2, 5))
+
+    c = torch.ones(9, 4, dtype=F64, requires_grad=True)
+
+    def work(coupled):
+        try:
+            for _ in range(5):
+                f = (lambda z: a @ z + c) if coupled else (lambda z: z @ w + c)
+                solve(f, torch.zeros(9, 4, dtype=F64))[0].sum().backward()
+                assert not coupled
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n % 2 == 0,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [type(e) for e in errors] == [CoupledSamplesError] * 2
