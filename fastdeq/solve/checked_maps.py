@@ -138,7 +138,7 @@ def _contents(f: Any) -> tuple[list[types.CodeType], list[nn.Module]]:
             todo += [thing.func, *filter(_may_hold, (*thing.args, *thing.keywords.values()))]
         else:
             held = getattr(thing, "__dict__", {}).values()
-            todo += [value for value in held if isinstance(value, nn.Module)]
+            todo += [value for value in held if issubclass(type(value), nn.Module)]
     return codes, modules
 
 
@@ -154,9 +154,15 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _may_hold(thing: Any) -> bool:
-    if isinstance(thing, types.FunctionType):
+    kind = type(thing)  # isinstance would ask the object, which may stand for another
+    if issubclass(kind, types.FunctionType):
         return not (thing.__module__ or "").startswith("torch.")
-    return hasattr(thing, "__dict__") and not isinstance(thing, (Tensor, type, types.ModuleType))
+    if issubclass(kind, (Tensor, type, types.ModuleType)):
+        return False
+    try:
+        return hasattr(thing, "__dict__")
+    except Exception:  # of a proxy that stands for nothing now
+        return False
 
 
 def _state_of(modules: list[nn.Module]) -> tuple[int, ...]:

@@ -219,6 +219,10 @@ class Holder:
         return self(z)
 
 
+def scripted(z: torch.Tensor) -> torch.Tensor:
+    return 0.5 * torch.tanh(z) + 1
+
+
 def halved(function, z):
     return function(z) / 2
 
@@ -294,6 +298,26 @@ def test_functions_of_every_kind():
         assert slots.calls
     with pytest.raises(CoupledSamplesError):
         solve(lambda z: torch.cumsum(z, 0) / 9 + 1, z0)
+
+
+def test_proxies_that_stand_for_nothing():
+    class Proxy:
+        def __getattribute__(self, name):
+            raise RuntimeError("outside of its context")
+
+    proxy = Proxy()
+    solve(lambda z: 0.5 * z + 1 if proxy is not None else z, torch.zeros(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_functions_and_modules():
+    norm = torch.jit.script(nn.BatchNorm1d(4))
+    for _ in range(2):
+        solve(torch.jit.script(scripted), torch.zeros(5, 4))
+    norm.eval()
+    norm_solve(norm, torch.randn(6, 4))
+    with pytest.raises(CoupledSamplesError):
+        norm_solve(norm.train(), torch.randn(6, 4))
 
 
 def test_more_maps_than_are_remembered():
