@@ -155,7 +155,7 @@ class DEQLayer(nn.Module):
         dims = samples_of(x, start, self.options.batch_dim)
         if dims is not None:
             x, finite = finite_samples(x, dims)
-        elif z0 is not None and isinstance(x, Tensor):
+        elif z0 is not None and isinstance(x, Tensor) and self.options.batch_dim == 0:
             self._explain_start(z0, x)
         specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
         try:
@@ -195,7 +195,7 @@ class DEQLayer(nn.Module):
             with torch.no_grad():
                 wrong = other_shapes(z0, self.cell.initial_state(x))
         if wrong is None and error is not None:
-            wrong = unlike_input(z0, x, self.options.batch_dim)
+            wrong = unlike_input(z0, x, self.options.batch_dim, error)
         if wrong is not None:
             raise ValueError(wrong) from error
 
@@ -291,4 +291,5 @@ class DEQLayer(nn.Module):
 
     def extra_repr(self) -> str:
         o = self.options
-        return f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
+        shown = f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
+        return shown if o.batch_dim == 0 else f"{shown}, batch_dim={o.batch_dim}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cells import AffineCell
 from ..errors import lists_options
 from ..layer import DEQLayer
-from ..solve.coupling import check_of
+from ..solve.coupling import are_independent
 from ..solve.general import Packing
 from . import krylov
 from .estimate import Estimate, check_numbers
@@ -186,9 +186,8 @@ class _Linearization:
         self.at = rows.requires_grad_()
         with torch.enable_grad():
             self.value = packing.pack(cell(packing.unpack(self.at), x, *context))
-        check = check_of(self.at, batch_dim, lambda: None)
-        if check is not None:
-            check(self.value, self.at)
+        if len(rows) > 1:
+            are_independent(self.value, self.at, batch_dim)
         self.excluded = excluded | ~self.value.detach().isfinite().all(1)
         self.batch, self.size = rows.shape
         self.eps = max(torch.finfo(t).eps for t in (packing.dtype, *packing.dtypes))

@@ -125,24 +125,13 @@ def _solve_adjoint(
     return unit.restore(attached)
 
 
-def attach(
-    spec: SolveSpec,
-    report: Report,
-    f: Map,
-    z: Tensor,
-    check: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes over.
-
-    ``check`` is told ``f(at)`` and ``at``, a leaf at z, once.
-    """
+def attach(spec: SolveSpec, report: Report, f: Map, z: Tensor) -> Tensor:
+    """z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes over."""
     at = z.detach().requires_grad_()
     with torch.enable_grad(), ClosureTracker() as tracker:
         fz = f(at)
     if forward_ad.unpack_dual(fz).tangent is not None:
         raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
-    if check is not None:
-        check(fz, at)
     theta = [t for t in tracker.tensors if t is not at]
     if not theta:
         return z.detach()

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..samples import BatchDim
-from .coupling import Check, check_of
+from .coupling import Map, check_of
 
 #: Most maps remembered by a layer or for one code; more are forgotten and checked again.
 _MOST = 64
@@ -64,9 +64,9 @@ class CheckedMaps:
 
     def check_of(
         self, f: Any, batch_dim: BatchDim, dims: tuple[int, ...], rows: Tensor
-    ) -> Check | None:
-        """What is to look at an evaluation of f that is under autograd, see ``coupling.check_of``;
-        None where f was seen before. ``dims`` are the numbers of dimensions of the state's parts,
+    ) -> Callable[[Map], None] | None:
+        """What is to look at f as a map of rows, see ``coupling.check_of``; None where f was seen
+        before. ``dims`` are the numbers of dimensions of the state's parts,
         ``rows`` the state ``(B, n)``."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(rows) < 2:
             return None

@@ -28,27 +28,39 @@ from ..errors import CoupledSamplesError
 from ..samples import BatchDim
 from ..solution import may_look
 
-Check = Callable[[Tensor, Tensor], None]
+Map = Callable[[Tensor], Tensor]
 
 
-def check_of(rows: Tensor, batch_dim: BatchDim, passed: Callable[[], None]) -> Check | None:
-    """A function of ``f(at)`` and ``at``, rows ``(B, n)`` like ``rows`` in one autograd graph, that
-    raises where samples are coupled and calls ``passed`` where it saw that they are not; None
-    where there is nothing to check, or nothing that may be read."""
-    if rows.shape[0] < 2 or rows.shape[1] == 0 or not may_look(rows) or _is_recorded():
+def check_of(
+    at: Tensor, batch_dim: BatchDim, passed: Callable[[], None]
+) -> Callable[[Map], None] | None:
+    """A function of a map of rows ``(B, n)`` that raises where samples are coupled at the state
+    ``at``, and calls ``passed`` where it saw that they are not; None where there is nothing to
+    check, or nothing that may be read."""
+    if at.shape[0] < 2 or at.shape[1] == 0 or not may_look(at) or _is_recorded():
         return None
 
-    def check(fz: Tensor, at: Tensor) -> None:
-        if may_look(fz) and are_independent(fz, at, batch_dim):
+    def check(f: Map) -> None:
+        leaf = at.detach().requires_grad_()
+        # An evaluation of its own, whose tensors are kept as they are: the hooks of a checkpoint
+        # around the layer would make it all anew for each product, and count what is saved.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            fz = f(leaf)
+        if may_look(fz) and are_independent(fz, leaf, batch_dim):
             passed()
 
     return check
 
 
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
 def are_independent(fz: Tensor, at: Tensor, batch_dim: BatchDim) -> bool:
     """Whether no sample of ``fz`` ``(B, n)``, a function of ``at`` ``(B, n)``, depends on another.
 
-    False where that could not be seen: ``fz`` has no derivative, or a sample alone is finite.
+    False where that could not be seen: there is no derivative, or not that of two samples which is
+    finite and not zero (relu of zeros, in a first call with zeros).
 
     Raises:
         CoupledSamplesError: a sample depends on another one.
@@ -62,7 +74,7 @@ def are_independent(fz: Tensor, at: Tensor, batch_dim: BatchDim) -> bool:
         cotangent = torch.where(chosen.unsqueeze(1), weights, 0.0)
         return torch.autograd.grad(fz, at, cotangent, retain_graph=True, allow_unused=True)[0]
 
-    finite, reached, sets = [], [], separating_sets(batch).to(at.device)
+    alive, reached, sets = [], [], separating_sets(batch).to(at.device)
     for chosen in sets:
         try:
             grad = product(chosen)
@@ -70,11 +82,12 @@ def are_independent(fz: Tensor, at: Tensor, batch_dim: BatchDim) -> bool:
             return False
         if grad is None:
             return False
-        finite.append(grad.isfinite().all(1))
-        reached.append(finite[-1] & (grad != 0).any(1) & ~chosen)
+        found = grad.isfinite().all(1) & (grad != 0).any(1)
+        alive.append(found)
+        reached.append(found & ~chosen)
     wrong = torch.stack(reached)
     if not bool(wrong.any()):
-        return int(torch.stack(finite).all(0).sum()) >= 2
+        return int(torch.stack(alive).any(0).sum()) >= 2
     where, target = wrong.nonzero()[0].tolist()
     source, others = _dependence(product, sets[where], target)
     raise CoupledSamplesError(_message(source, others, batch, batch_dim))

@@ -132,14 +132,13 @@ def solve_map(
     if torch.is_grad_enabled():
         failed = solution.nonfinite.unsqueeze(1)
         check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
+        if check is not None:
+            check(rows)
         if specs.options.gradient == "implicit":
             again = autograd.rerun_autocast(rows, z.device.type)
             adjoint = replace(specs.adjoint, parts=packing.parts)
-            attached = autograd.attach(adjoint, report, again, z, check)
+            attached = autograd.attach(adjoint, report, again, z)
         else:
-            if check is not None:  # on an evaluation of its own: one_step keeps no leaf at z
-                at = z.detach().requires_grad_()
-                check(rows(at), at)
             attached = autograd.one_step(rows, z)
         z = torch.where(failed, z, attached)
     solution = replace(

@@ -37,6 +37,8 @@ def finite_samples(x: Any, dims: tuple[int, ...] = (0,)) -> tuple[Any, Tensor | 
     all are, or x is no tensor with the batch dimensions ``dims``."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < len(dims):
         return x, None
+    if x.layout is not torch.strided or x.is_nested:
+        return x, None
     if _is_surely_finite(x):
         return x, None
     finite = (as_rows(x.detach(), dims) * 0 == 0).all(1)

@@ -25,9 +25,9 @@ def other_shapes(z0: Any, default: Any) -> str | None:
     )
 
 
-def unlike_input(z0: Any, x: Any, batch_dim: BatchDim) -> str | None:
+def unlike_input(z0: Any, x: Any, batch_dim: BatchDim, error: Exception) -> str | None:
     """How z0 differs from the tensor x in what a cell often needs to be the same: the number of
-    samples, the dtype, the device; None where it does not."""
+    samples, the dtype, the device; None where it does not. ``error`` was raised with them."""
     parts = _parts(z0)
     if not isinstance(x, Tensor) or not all(isinstance(p, Tensor) for p in parts):
         return None
@@ -42,8 +42,8 @@ def unlike_input(z0: Any, x: Any, batch_dim: BatchDim) -> str | None:
     if not advice:
         return None
     return (
-        f"z0 is {_described(z0)}, and x {_described(x)}; the cell could not use them together. "
-        f"Pass z0 {', '.join(advice)}, or leave it out."
+        f"z0 is {_described(z0)}, and x {_described(x)}; the cell could not use them together "
+        f"({error}). Pass z0 {', '.join(advice)}, or leave it out."
     )
 
 

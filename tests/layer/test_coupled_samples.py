@@ -10,6 +10,7 @@ from coupled_cases import F64, TIGHT, Counted, contraction, coupled_graphs, grap
 from layer_cases import Residual, affine
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils import checkpoint
 
 from fastdeq import Anderson, CoupledSamplesError, DEQLayer, Status, fixed_point, solution
 from fastdeq.diagnostics import jacobian_norm, spectral_radius
@@ -144,7 +145,7 @@ def test_it_is_looked_at_once(gradient):
     first, later = counts(9), counts(9)
     assert first[1] == len(separating_sets(9))
     assert later[1] == 0
-    assert first[0] - later[0] == (gradient == "one_step")  # which has no evaluation of its own
+    assert first[0] - later[0] == 1
     assert counts(30)[1] == 0
     with torch.no_grad():
         assert counts(9)[1] == 0
@@ -155,6 +156,40 @@ def test_it_is_looked_at_once(gradient):
     assert counts(9)[1] == 0
     layer.options = DEQLayer(cell, batch_dim=-2, solver="picard", gradient=gradient).options
     assert counts(9)[1] > 0
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "one_step"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_within_a_checkpoint(gradient, reentrant):
+    """Which evaluates the layer again, and wants to see the same tensors saved."""
+    layer, x = DEQLayer(Watched(), gradient=gradient), torch.randn(5, 4, requires_grad=True)
+    found = []
+    for _ in range(2):
+        z = checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+        found.append(z.detach())
+        z.sum().backward()
+    assert len(layer._checked._keys) == 1
+    torch.testing.assert_close(*found)
+    coupled = DEQLayer(Normalised(), gradient=gradient, on_failure="ignore")
+    with pytest.raises(CoupledSamplesError):
+        checkpoint.checkpoint(coupled, x, use_reentrant=reentrant).sum().backward()
+
+
+def test_a_first_call_that_says_nothing():
+    """Where relu is flat no sample depends on any, itself included."""
+    a = graph(5, (0, 1), (1, 0), (2, 3)).float()
+    layer = DEQLayer(lambda z, x: torch.relu(a @ z + x), on_failure="ignore")
+    layer(torch.zeros(5, 3))
+    with pytest.raises(CoupledSamplesError):
+        layer(torch.ones(5, 3))
+
+
+def test_sparse_input():
+    a = graph(5, (0, 1), (1, 0), (2, 3), (4, 0))
+    for layout in (a.to_sparse(), a.to_sparse_csr()):
+        layer = DEQLayer(lambda z, s: torch.tanh(s @ z + 1), batch_dim=None)
+        z = layer(layout, z0=torch.zeros(5, 2, dtype=F64))
+        torch.testing.assert_close(z, torch.tanh(a @ z + 1), rtol=1e-3, atol=1e-3)
 
 
 def test_copies_look_again():
@@ -190,6 +225,8 @@ def test_replicas_know_what_their_layer_knows():
 
 def test_fused_cells_are_not_looked_at_and_have_rows():
     layer = DEQLayer(affine(), batch_dim=-2)
+    assert "batch_dim=-2" in repr(layer)
+    assert "batch_dim" not in repr(DEQLayer(affine()))
     layer(torch.randn(4, 6)).sum().backward()
     assert not layer._checked._keys
     for wrong in (1, None, (0, 1), -1):
