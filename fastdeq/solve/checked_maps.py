@@ -66,8 +66,8 @@ class CheckedMaps:
         self, f: Any, batch_dim: BatchDim, dims: tuple[int, ...], rows: Tensor
     ) -> Callable[[Map], None] | None:
         """What is to look at f as a map of rows, see ``coupling.check_of``; None where f was seen
-        before. ``dims`` are the numbers of dimensions of the state's parts,
-        ``rows`` the state ``(B, n)``."""
+        before. ``dims`` are the numbers of dimensions of the state's parts, ``rows`` ``(B, n)`` is
+        the state."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(rows) < 2:
             return None
         key = _key(f)
@@ -137,8 +137,10 @@ def _contents(f: Any) -> tuple[list[types.CodeType], list[nn.Module]]:
         elif isinstance(thing, functools.partial):
             todo += [thing.func, *filter(_may_hold, (*thing.args, *thing.keywords.values()))]
         else:
+            call = getattr(type(thing), "__call__", None)  # noqa: B004
             held = getattr(thing, "__dict__", {}).values()
-            todo += [value for value in held if issubclass(type(value), nn.Module)]
+            todo += [v for v in held if issubclass(type(v), nn.Module)]
+            todo += [call] if isinstance(call, types.FunctionType) else []
     return codes, modules
 
 

@@ -11,7 +11,7 @@ from coupled_cases import F64, TIGHT, Counted, contraction, coupled_graphs, grap
 from torch import nn
 from torch.utils import checkpoint
 
-from fastdeq import CoupledSamplesError, fixed_point
+from fastdeq import CoupledSamplesError, DEQLayer, fixed_point
 from fastdeq.solve import checked_maps, coupling
 
 
@@ -152,6 +152,24 @@ def test_samples_that_are_not_finite_prove_nothing(poison):
         solve(lambda z: a[[0, *range(8)]] @ (z * scale), torch.ones(9, 5, dtype=F64))
 
 
+def test_a_cell_that_is_a_gradient_itself():
+    """A step down an energy of each sample, whose derivative differentiates a gradient."""
+    w = contraction(5)
+
+    def descend(z, couple):
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.requires_grad_()
+            energy = (torch.log(torch.cosh(z @ w)).sum() + 0.5 * (z - 1).pow(2).sum()) / 2
+            energy = energy + couple * z.sum(0).pow(2).sum() / 50
+            return z - torch.autograd.grad(energy, z, create_graph=True)[0]
+
+    solve(lambda z: descend(z, 0), torch.zeros(8, 5, dtype=F64))
+    _, solution = solve(lambda z: 1.0 * descend(z, 0), torch.zeros(8, 5, dtype=F64), tol=1e-9)
+    assert solution.converged.all()
+    with pytest.raises(CoupledSamplesError):
+        solve(lambda z: descend(z, 1), torch.zeros(8, 5, dtype=F64))
+
+
 def test_a_second_derivative():
     w, c = contraction(4), torch.randn(6, 4, dtype=F64, requires_grad=True)
     z, _ = fixed_point(lambda z: torch.tanh(z @ w + c), torch.zeros(6, 4, dtype=F64), **TIGHT)
@@ -245,6 +263,32 @@ def test_modules_are_found_where_functions_keep_them():
         with pytest.raises(CoupledSamplesError):
             solve(f, z0)
         module.eval()
+
+
+class OverBatch(Holder):
+    def __call__(self, z):
+        return 0.3 * self.norm(z - z.mean(0)) + 1
+
+
+def test_objects_that_share_a_module_are_told_apart():
+    z0, norm = torch.randn(6, 4), nn.LayerNorm(4)
+    layer = DEQLayer(lambda z, x: z, on_failure="ignore")
+    for kind in (Holder, OverBatch):
+        held = kind(norm)
+        run = lambda f: solve(lambda z: f(z), z0)  # noqa: E731
+        layer.cell = functools.partial(call_without_input, held)
+        if kind is Holder:
+            run(held)
+            layer(z0)
+            continue
+        with pytest.raises(CoupledSamplesError):
+            run(held)
+        with pytest.raises(CoupledSamplesError):
+            layer(z0)
+
+
+def call_without_input(f, z, x):
+    return f(z)
 
 
 def test_nothing_is_kept_alive():
