@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
-from .errors import BackendError, ExtensionWarning
+from .errors import BackendError, CoupledSamplesError, ExtensionWarning
 from .functional import fixed_point
 from .layer import DEQLayer
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
@@ -39,6 +39,7 @@ __all__ = [
     "BackendError",
     "ConvergenceError",
     "ConvergenceWarning",
+    "CoupledSamplesError",
     "DEQLayer",
     "Dense",
     "Energy",

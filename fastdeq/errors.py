@@ -19,6 +19,11 @@ class BackendError(RuntimeError):
     """An explicitly requested backend cannot run here; the message says why and what can."""
 
 
+class CoupledSamplesError(ValueError):
+    """Samples of a state that is solved sample by sample depend on each other; the message says
+    which, and what to pass as ``batch_dim``."""
+
+
 class ExtensionWarning(UserWarning):
     """The compiled extension is missing, so solves on the CPU are slow; the message says why."""
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from .backends.choose import Backend
 from .errors import lists_options
-from .options import AdjointName, Gradient, Options, Precision, SolverName, State
+from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, handle_failure
+from .solve.checked_maps import with_the_code_of
 from .solve.general import solve_map
 from .solve.spec import Specs
 from .solvers import Solver, Structure
@@ -21,6 +22,7 @@ def fixed_point(
     solver: SolverName | Solver = "auto",
     adjoint: AdjointName | Solver = "auto",
     gradient: Gradient = "implicit",
+    batch_dim: BatchDim = 0,
     tol: float = 1e-4,
     adjoint_tol: float | None = None,
     atol: float = 0.0,
@@ -35,23 +37,30 @@ def fixed_point(
     """Solves ``z = f(z)`` for each sample, differentiable in everything that f closes over.
 
     Args:
-        f: maps a state to a state of the same shapes and treats samples (rows of the first
-            dimension) independently.
-        z0: start, a floating-point tensor ``(B, ...)`` or a tuple of them; it gets no gradient.
+        f: maps a state to a state of the same shapes and treats samples independently.
+        z0: start, a floating-point tensor or a tuple of them; it gets no gradient.
+        batch_dim: which dimension of the state counts samples: 0, another, a tuple of several, or
+            None where all of the state is one sample, as a vector ``(n,)`` is.
 
-    The keyword arguments are those of :class:`fastdeq.DEQLayer`.
+    The keyword arguments are those of :class:`fastdeq.DEQLayer`. That samples are independent is
+    looked at in the first call in grad mode with two of them or more, for each code of f, the
+    modules that it names (and which of them are in training mode), ``batch_dim`` and numbers of
+    dimensions of the state: a lambda made anew for each x is looked at once. Other things that a
+    function with the same code closes over are not told apart.
 
     Returns:
         The state, shaped like z0, and its :class:`fastdeq.Solution`.
 
     Raises:
         TypeError, ValueError: options or states that do not fit; the message lists what does.
+        CoupledSamplesError: a sample depends on another; a ValueError.
         ConvergenceError: with ``on_failure="raise"``, also from the backward pass.
     """
     options = Options(
         solver=solver,
         adjoint=adjoint,
         gradient=gradient,
+        batch_dim=batch_dim,
         tol=tol,
         adjoint_tol=adjoint_tol,
         atol=atol,
@@ -67,6 +76,7 @@ def fixed_point(
     def report(solution: Solution) -> None:
         handle_failure(solution, on_failure, "adjoint solve")
 
-    z, solution = solve_map(f, z0, Specs(options, Structure()), report)
+    specs = Specs(options, Structure())
+    z, solution = solve_map(f, z0, specs, report, with_the_code_of(f), f)
     handle_failure(solution, on_failure, "fixed_point")
     return z, solution

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from .backends.choose import Backend
-from .cells import AffineCell, plain_tensor
+from .cells import AffineCell
 from .errors import explain_call, lists_options
 from .ops.solve_common import expanded_zeros
-from .options import AdjointName, Gradient, Options, Precision, SolverName, State
-from .solution import OnFailure, Solution, Status, may_look
+from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
+from .solution import OnFailure, Solution
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.checked_maps import CheckedMaps
 from .solve.general import solve_map
+from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
 from .solve.record import Record
 from .solve.spec import Specs
+from .solve.start import EXPLAINED, other_shapes, unlike_input
 from .solvers import Solver, Structure
 from .solvers.picard import CERTIFIED
 
@@ -28,14 +30,18 @@ class DEQLayer(nn.Module):
 
     Args:
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
-            returns a state like z (a tensor ``(B, ...)`` or a tuple of them) and treats samples
-            independently. It may define ``initial_state(x)``.
+            returns a state like z (a tensor or a tuple of them) and treats samples independently.
+            It may define ``initial_state(x)``.
         solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
             object such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
             "picard", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap).
+        batch_dim: which dimension of the state counts samples, the same in each of its parts: an
+            int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
+            all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
+            training mode). Negative ones count from the back. An :class:`AffineCell` has 0.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.
@@ -60,15 +66,24 @@ class DEQLayer(nn.Module):
         last_solution, last_adjoint_solution: the :class:`Solution` of the latest forward and
             backward solve, or None.
 
+    Per-sample results are ``(B,)`` over the samples, in row-major order of the batch dimensions; B
+    is 1 with ``batch_dim=None``. That samples are independent is looked at once, at the first call
+    in grad mode with two of them or more, and again for another cell or ``batch_dim``, other
+    modules of it in training mode, or a state with another number of dimensions; not without grad
+    mode nor inside ``torch.compile``. Copies and unpickled layers look again.
+
     Gradients follow grad mode, never ``self.training``.
 
     Raises:
         TypeError, ValueError: options or input that do not fit, with what does.
+        CoupledSamplesError: a sample depends on another; a ValueError.
         BackendError: a backend or precision that cannot be had for the input.
     """
 
     _specs: Specs | None = None
     _record: Record
+    _checked: CheckedMaps
+    _original_cell: tuple[Any, ...] = ()  # of the layer that a replica stands for
 
     @lists_options("DEQLayer")
     def __init__(
@@ -78,6 +93,7 @@ class DEQLayer(nn.Module):
         solver: SolverName | Solver = "auto",
         adjoint: AdjointName | Solver = "auto",
         gradient: Gradient = "implicit",
+        batch_dim: BatchDim = 0,
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         atol: float = 0.0,
@@ -97,6 +113,7 @@ class DEQLayer(nn.Module):
             solver=solver,
             adjoint=adjoint,
             gradient=gradient,
+            batch_dim=batch_dim,
             tol=tol,
             adjoint_tol=adjoint_tol,
             atol=atol,
@@ -109,18 +126,21 @@ class DEQLayer(nn.Module):
             on_failure=on_failure,
         )
         self._record = Record()
+        self._checked = CheckedMaps()
 
     def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
         """The equilibrium for x; further arguments go to the cell after x.
 
         A sample of a tensor x that is not finite ends NONFINITE: it returns zeros, gets and
-        gives a zero gradient, and the other samples are solved as if it were absent.
+        gives a zero gradient, and the other samples are solved as if it were absent. That is for x
+        with the batch dimensions of the state; with ``batch_dim=None`` all of x is one sample.
 
         Args:
             x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
             context: further arguments of a general cell.
-            z0: start of the solve, shaped like the state; default ``cell.initial_state(x)`` where
-                that exists, else zeros: ``(B, features)`` or, for a general cell, shaped like x.
+            z0: start of the solve, shaped like the state, in its dtype and on its device; default
+                ``cell.initial_state(x)`` where that exists, else zeros: ``(B, features)`` or, for
+                a general cell, shaped like x.
         """
         if z0 is not None and getattr(self.options.solver, "fixed_iterations", 0) == CERTIFIED:
             raise ValueError(
@@ -133,18 +153,29 @@ class DEQLayer(nn.Module):
                 return self._solve_affine(cell, x, z0)
         finite = None
         start = self._start(x) if z0 is None else z0
-        if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:
-            x, finite = _finite_samples(x)
+        dims = samples_of(x, start, self.options.batch_dim)
+        if dims is not None:
+            x, finite = finite_samples(x, dims)
+        elif z0 is not None and isinstance(x, Tensor) and self.options.batch_dim == 0:
+            self._explain_start(z0, x)
         specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
         try:
             z, solution = solve_map(
-                lambda state: self.cell(state, x, *context), start, specs, report
+                lambda state: self.cell(state, x, *context),
+                start,
+                specs,
+                report,
+                self._checked,
+                self._original_cell[0] if self._original_cell else self.cell,
             )
-        except TypeError as error:
-            explain_call(self.cell, context, error)
+        except EXPLAINED as error:
+            if isinstance(error, TypeError):
+                explain_call(self.cell, context, error)
+            if z0 is not None and type(error) in EXPLAINED:
+                self._explain_start(z0, x, error)
             raise
-        if finite is not None:
-            z, solution = _mark_nonfinite(z, solution, ~finite)
+        if finite is not None and dims is not None:
+            z, solution = mark_nonfinite(z, solution, ~finite, dims)
         self._record.forward = solution
         self._record.judge_forward()
         return z
@@ -157,8 +188,26 @@ class DEQLayer(nn.Module):
         def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
         def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
 
+    def _explain_start(self, z0: Any, x: Any, error: Exception | None = None) -> None:
+        """Raises ValueError where z0 has other shapes than the cell's own start for x, or where
+        there is no such start, ``error`` was raised, and z0 and x do not go together."""
+        wrong = None
+        if hasattr(self.cell, "initial_state"):
+            with torch.no_grad():
+                wrong = other_shapes(z0, self.cell.initial_state(x))
+        if wrong is None and error is not None:
+            wrong = unlike_input(z0, x, self.options.batch_dim, error)
+        if wrong is not None:
+            raise ValueError(wrong) from error
+
     def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
         record = self._record
+        if self.options.batch_dim not in (0, -2):
+            raise ValueError(
+                f"batch_dim={self.options.batch_dim}, but the state of an AffineCell is "
+                "(B, features): its rows are the samples, so leave batch_dim at 0. A cell whose "
+                "rows depend on each other is a module of your own."
+            )
         specs = self._specs_for(cell.structure())
         weight = cell.recurrent_weight()
         linear = None if torch.compiler.is_compiling() else linear_parameters(cell.injection)
@@ -168,7 +217,7 @@ class DEQLayer(nn.Module):
                 z: Tensor | None = plan.solve(record, weight, x, *linear, z0)
                 if z is not None:
                     return z
-        x, finite = _finite_samples(cell.checked_input(x))
+        x, finite = finite_samples(cell.checked_input(x))
         injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
         z, record.forward = solve_affine(
@@ -230,62 +279,19 @@ class DEQLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without the record of past solves."""
+        """Copies and pickles start without the record of past solves and checks."""
         state = self.__dict__.copy()
-        state["_record"] = Record()
+        state["_record"], state["_checked"] = Record(), CheckedMaps()
         state.pop("_specs", None)
         return state
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._record = Record(self._record.warned)  # each replica solves a part of its own
+        replica._original_cell = self._original_cell or (self.cell,)
         return replica
 
     def extra_repr(self) -> str:
         o = self.options
-        return f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
-
-
-def _batch_of(state: Any) -> tuple[int, ...]:
-    """``(B,)`` of a state, or () where it is none; the solve will say so."""
-    first = state[0] if isinstance(state, (tuple, list)) and state else state
-    return tuple(first.shape[:1]) if isinstance(first, Tensor) else ()
-
-
-def _is_surely_finite(x: Tensor) -> bool:
-    """Whether all of x is finite, where that can be seen without waiting for a device."""
-    # A sum is finite only where every entry is.
-    return x.device.type == "cpu" and may_look(x) and math.isfinite(x.detach().sum().item())
-
-
-def _finite_samples(x: Any) -> tuple[Any, Tensor | None]:
-    """x with non-finite samples zeroed, and which are finite ``(B,)``; None where it is known that
-    all are, or x is no tensor of samples."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-        return x, None
-    if _is_surely_finite(x):
-        return x, None
-    finite = (x.detach() * 0) == 0
-    if x.dim() > 1:
-        finite = finite.flatten(1).all(1)
-    zeroed = torch.where(finite.view((-1,) + (1,) * (x.dim() - 1)), x, 0.0)
-    return zeroed, plain_tensor(finite)
-
-
-def _mark_nonfinite(z: Any, solution: Solution, bad: Tensor) -> tuple[Any, Solution]:
-    """z and solution with the samples ``bad`` ``(B,)`` reported NONFINITE and set to zero."""
-
-    def zero(part: Tensor) -> Tensor:
-        return torch.where(bad.view((-1,) + (1,) * (part.dim() - 1)), 0.0, part)
-
-    def each(state: Any) -> Any:
-        return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
-
-    marked = dataclasses.replace(
-        solution,
-        value=each(solution.value),
-        status=torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
-        iterations=torch.where(bad, 0, solution.iterations),
-        residual=torch.where(bad, torch.inf, solution.residual),
-    )
-    return each(z), marked
+        shown = f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
+        return shown if o.batch_dim == 0 else f"{shown}, batch_dim={o.batch_dim}"

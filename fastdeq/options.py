@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, get_args
 from .backends.choose import BACKENDS
 from .backends.choose import Backend as Backend
 from .errors import check_choice
+from .samples import BatchDim as BatchDim
+from .samples import check_batch_dim
 from .solution import ON_FAILURE
 from .solution import OnFailure as OnFailure
 from .solvers import ADJOINT, FORWARD, SOLVERS, Solver, named
@@ -35,6 +37,7 @@ class Options:
     solver: SolverName | Solver = "auto"
     adjoint: AdjointName | Solver = "auto"
     gradient: Gradient = "implicit"
+    batch_dim: BatchDim = 0
     tol: float = 1e-4
     adjoint_tol: float | None = None
     atol: float = 0.0
@@ -58,6 +61,7 @@ class Options:
                 registered &= SOLVERS.get(chosen.name) is type(chosen)
                 object.__setattr__(self, name, chosen)
         object.__setattr__(self, "registered", registered)
+        object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
         check_choice(self.gradient, GRADIENTS, "gradient")
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from . import constants
 from .cuda_stream import is_capturing
 from .errors import warn_caller
+from .samples import BatchDim, as_rows, resolve
 
 
 class Status(enum.IntEnum):
@@ -32,11 +33,12 @@ class Status(enum.IntEnum):
 class Solution:
     """Result of a fixed-point or linear solve of a batch of B samples.
 
-    Compared and hashed by identity.
+    B counts the samples in row-major order of the batch dimensions, and is 1 with
+    ``batch_dim=None``. Compared and hashed by identity.
 
     Attributes:
-        value: the best finite iterate of each sample, shaped like the state (a tensor ``(B, ...)``
-            or a tuple of them). Detached when read from ``DEQLayer.last_solution``.
+        value: the best finite iterate of each sample, shaped like the state (a tensor or a tuple
+            of them). Detached when read from ``DEQLayer.last_solution``.
         status: ``(B,)`` int8, values of :class:`Status`.
         iterations: ``(B,)`` int32, updates made for the sample until it stopped. Verifying the
             last one takes one further evaluation of the cell.
@@ -51,6 +53,7 @@ class Solution:
         observed_contraction: ``(B,)``, the rate at which plain steps of a general map reduced the
             residual norm at last, NaN for samples without such steps; None for other solves.
         error_estimate: ``(B,)`` or None, about how far ``value`` is from the equilibrium.
+        batch_dim: which dimensions of ``value`` count samples, as in ``DEQLayer``.
     """
 
     value: Any
@@ -61,6 +64,7 @@ class Solution:
     contraction: float | None = None
     solver: Any = None
     observed_contraction: Tensor | None = None
+    batch_dim: BatchDim = 0
     trend: Any = field(default=None, repr=False)  # a solve.trend.Trend, where one was kept
 
     @property
@@ -114,7 +118,7 @@ class Solution:
         return estimate
 
     def _size(self) -> Tensor:
-        rows = self.value.flatten(1).to(self.residual.dtype)
+        rows = as_rows(self.value, resolve(self.batch_dim, [self.value])).to(self.residual.dtype)
         size: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return size
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..cells import AffineCell
 from ..errors import lists_options
 from ..layer import DEQLayer
-from ..solve.general import Packing
+from ..solve.coupling import are_independent
+from ..solve.packing import Packing
 from . import krylov
 from .estimate import Estimate, check_numbers
 
@@ -54,7 +55,8 @@ def spectral_radius(
 
     Args:
         cell: an :class:`fastdeq.AffineCell`, any module or function ``cell(z, x)`` that treats
-            samples independently, or a :class:`fastdeq.DEQLayer` around one.
+            samples (rows) independently, or a :class:`fastdeq.DEQLayer` around one, whose
+            ``batch_dim`` is taken.
         x: what the cell takes, ``(B, ...)``.
         z: the states, a tensor ``(B, ...)`` or a tuple of them. None: the equilibrium, which the
             layer finds, or ``DEQLayer(cell)`` for a cell, with its warning where it does not.
@@ -69,6 +71,7 @@ def spectral_radius(
 
     Raises:
         TypeError, ValueError: options, states or inputs that do not fit, with what does.
+        CoupledSamplesError: a sample depends on another; a ValueError.
 
     Source: :mod:`fastdeq.diagnostics.krylov`.
     """
@@ -174,7 +177,9 @@ class _Linearization:
             z, excluded = _equilibrium(cell, layer, x, context)
         elif isinstance(cell, AffineCell):
             z = cell.check_state(z, cell.inject(x).detach())
-        packing = Packing(z)
+        batch_dim = 0 if layer is None else layer.options.batch_dim
+        packing = Packing(z, batch_dim)
+        packing.copies = True  # z is the caller's
         rows = packing.pack(z).detach()
         if excluded is None:
             excluded = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -182,6 +187,8 @@ class _Linearization:
         self.at = rows.requires_grad_()
         with torch.enable_grad():
             self.value = packing.pack(cell(packing.unpack(self.at), x, *context))
+        if len(rows) > 1:
+            are_independent(self.value, self.at, batch_dim)
         self.excluded = excluded | ~self.value.detach().isfinite().all(1)
         self.batch, self.size = rows.shape
         self.eps = max(torch.finfo(t).eps for t in (packing.dtype, *packing.dtypes))

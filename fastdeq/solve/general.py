@@ -1,8 +1,7 @@
-"""The path of any cell: its state as rows ``(B, n)``, solved by the loop in Python."""
+"""The path of any cell: its state as rows ``(B, n)``, iterated, and differentiated implicitly."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,110 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..ops.solve_common import working_dtype
 from ..solution import Solution, may_look
 from . import autograd
+from .checked_maps import CheckedMaps
 from .iteration import is_compiled
+from .packing import ArgumentWrittenError, Packing
 from .spec import Report, Specs
-
-
-class ArgumentWrittenError(Exception):
-    """The map changed its argument in place."""
-
-
-class Packing:
-    """Packs states like an example into rows, and unpacks rows into such states.
-
-    Both without copies where the state is one tensor of the dtype of its rows, unless ``copies`` is
-    set, as it must be for a map that changes its argument in place or returns the same memory each
-    time to somebody who keeps it.
-
-    The example is a tensor ``(B, ...)`` or a tuple of them with one B, floating point, on one
-    device. Rows are float64 where a part is, else float32.
-
-    Raises:
-        TypeError, ValueError: an example of another kind, with what it was.
-    """
-
-    def __init__(self, example: Any):
-        self.is_tuple = isinstance(example, (tuple, list))
-        parts = tuple(example) if self.is_tuple else (example,)
-        if not parts or not all(isinstance(p, Tensor) for p in parts):
-            kinds = ", ".join(type(p).__name__ for p in parts)
-            raise TypeError(f"the state must be a tensor or a tuple of tensors, not ({kinds}).")
-        for p in parts:
-            if not p.is_floating_point():
-                raise TypeError(f"the state has dtype {p.dtype}; it must be real floating point.")
-            if p.dim() == 0:
-                raise ValueError(
-                    "the state has shape (); it needs a leading batch dimension, (B, ...): "
-                    "state.unsqueeze(0) is one sample."
-                )
-        if len({(p.shape[0], p.device) for p in parts}) > 1:
-            seen = "; ".join(f"{tuple(p.shape)} on {p.device}" for p in parts)
-            raise ValueError(f"the parts of the state differ in batch size or device: {seen}.")
-        self.shapes = [p.shape for p in parts]
-        self.dtypes = [p.dtype for p in parts]
-        self.sizes = [math.prod(s[1:]) for s in self.shapes]
-        #: Sizes of the parts in a row, where there are several.
-        self.parts = self.sizes if len(self.sizes) > 1 else None
-        self.device = parts[0].device
-        self.dtype = working_dtype(*parts)
-        self.copies = False
-
-    def pack(self, state: Any, what: str = "the cell") -> Tensor:
-        """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
-        if (
-            isinstance(state, Tensor)
-            and len(self.shapes) == 1
-            and state.shape == self.shapes[0]
-            and state.dtype == self.dtype
-            and state.device == self.device
-            and not self.copies
-        ):
-            return state.reshape(len(state), self.sizes[0])
-        parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
-        if not all(isinstance(p, Tensor) for p in parts):
-            kinds = ", ".join(type(p).__name__ for p in parts)
-            raise TypeError(f"{what} returned ({kinds}); a state of tensors is needed.")
-        if [p.shape for p in parts] != self.shapes:
-            got = [tuple(p.shape) for p in parts]
-            raise ValueError(
-                f"{what} returned shapes {got} for a state of shapes "
-                f"{[tuple(s) for s in self.shapes]}; they must be equal. "
-                "Pass z0 of the right shape, or define initial_state(x) on the cell."
-            )
-        if any(p.device != self.device for p in parts):
-            raise ValueError(f"{what} returned a state on another device than {self.device}.")
-        rows = [p.reshape(len(p), n).to(self.dtype) for p, n in zip(parts, self.sizes, strict=True)]
-        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
-
-    def unpack(self, rows: Tensor) -> Any:
-        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
-        if len(self.sizes) == 1:
-            alone = rows.reshape(self.shapes[0])
-            if self.copies or self.dtypes[0] != rows.dtype:
-                alone = alone.to(self.dtypes[0], copy=True)
-            return (alone,) if self.is_tuple else alone
-        split = rows.split(self.sizes, 1)  # copies: a part is contiguous
-        return tuple(
-            p.reshape(s).to(d, copy=True)
-            for p, s, d in zip(split, self.shapes, self.dtypes, strict=True)
-        )
-
-    def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
-        """``f`` on states as a map of rows; raises :class:`ArgumentWrittenError`."""
-
-        def rows_map(rows: Tensor) -> Tensor:
-            if self.copies:
-                return self.pack(f(self.unpack(rows)))
-            version = rows._version
-            value = self.pack(f(self.unpack(rows)))
-            if rows._version != version:
-                raise ArgumentWrittenError
-            return value
-
-        return rows_map
 
 
 def _none(samples: Tensor) -> bool:
@@ -123,33 +24,48 @@ def _none(samples: Tensor) -> bool:
 
 
 def solve_map(
-    f: Callable[[Any], Any], z0: Any, specs: Specs, report: Report
+    f: Callable[[Any], Any],
+    z0: Any,
+    specs: Specs,
+    report: Report,
+    checked: CheckedMaps,
+    known_as: Any,
 ) -> tuple[Any, Solution]:
     """``z = f(z)`` for f on states like ``z0``. ``report`` receives the adjoint's solution.
 
+    In grad mode samples are seen to be independent, unless ``checked`` knows the map ``known_as``,
+    which stands for f.
+
     Raises:
         BackendError: a backend or precision that cannot be had.
+        CoupledSamplesError: a sample depends on another one.
     """
     if specs.options.precision == "mixed":
         raise BackendError(
             "precision='mixed' is not available: only the solve of an AffineCell has it, without "
             "hooks, further arguments and solvers of one's own. Use precision='auto'."
         )
-    packing = Packing(z0)
+    packing = Packing(z0, specs.options.batch_dim)
     # Only the compiled iteration leaves a point alone that somebody keeps.
     rows = packing.pack(z0)
     packing.copies = rows.is_inference() or not is_compiled(
         specs.forward.solver, specs.options.backend, rows.detach()
     )
     try:
-        return _solve(f, rows, packing, specs, report)
+        return _solve(f, rows, packing, specs, report, checked, known_as)
     except ArgumentWrittenError:
         packing.copies = True
-    return _solve(f, packing.pack(z0), packing, specs, report)
+    return _solve(f, packing.pack(z0), packing, specs, report, checked, known_as)
 
 
 def _solve(
-    f: Callable[[Any], Any], start: Tensor, packing: Packing, specs: Specs, report: Report
+    f: Callable[[Any], Any],
+    start: Tensor,
+    packing: Packing,
+    specs: Specs,
+    report: Report,
+    checked: CheckedMaps,
+    known_as: Any,
 ) -> tuple[Any, Solution]:
     rows = packing.rowwise(f)
 
@@ -164,6 +80,9 @@ def _solve(
         solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, first)
     z = solution.value
     if torch.is_grad_enabled():
+        check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
+        if check is not None:
+            check(rows)
         if specs.options.gradient == "implicit":
             again = autograd.rerun_autocast(rows, z.device.type)
             adjoint = replace(specs.adjoint, parts=packing.parts)
@@ -176,6 +95,10 @@ def _solve(
             z = torch.where(solution.nonfinite.unsqueeze(1), z, attached)
     else:
         z = z.clone()  # the caller may write to it
-    contraction = specs.structure.contraction
-    own = replace(solution, value=packing.unpack(solution.value), contraction=contraction)
+    own = replace(
+        solution,
+        value=packing.unpack(solution.value),
+        contraction=specs.structure.contraction,
+        batch_dim=specs.options.batch_dim,
+    )
     return packing.unpack(z), own

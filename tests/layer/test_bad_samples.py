@@ -12,6 +12,7 @@ from fastdeq import (
     Status,
     fixed_point,
 )
+from fastdeq.solve import nonfinite
 
 
 @every_solver
@@ -199,7 +200,7 @@ def test_fused_samples_are_set_aside_without_a_look_at_the_input(
         with monkeypatch.context() as patch:
             if not looks:
                 patch.setattr(layer_module, "plan_for", lambda *_: None)
-                patch.setattr(layer_module, "_is_surely_finite", lambda x: False)
+                patch.setattr(nonfinite, "_is_surely_finite", lambda x: False)
             layer.zero_grad()
             leaf = x.clone().requires_grad_()
             z = layer(leaf, z0=z0)

@@ -110,7 +110,8 @@ def test_a_cell_of_the_user_that_contains_a_layer(failing, places):
     inner = failing()
     outer = DEQLayer(lambda z, x: 0.1 * inner(z) + x, on_failure="ignore")
     outer(torch.randn(3, 6))
-    assert places() == [here(-2)]
+    # The second is about the inner adjoint, in the products that show samples to be independent.
+    assert places() == [here(-3), here(-2)]
 
 
 def test_traced_by_fx(failing, places):

@@ -30,6 +30,7 @@ ROOMS = (
     "kernels",
     "solvers",
     "solution",
+    "samples",
     "theory",
     "activations",
     "cuda_stream",
@@ -86,7 +87,7 @@ def test_imports_point_down(parts, path):
     "line",
     [
         "from ..layer import DEQLayer",
-        "from ..solve.general import Packing",
+        "from ..solve.packing import Packing",
         "import fastdeq.ops",
         "def f():\n    from .. import cells",
         "from fastdeq.options import Options",

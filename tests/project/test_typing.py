@@ -58,6 +58,9 @@ assert_type(layer(x), Any)
 assert_type(layer(x, z0=None), Any)
 assert_type(layer(x, z0=torch.zeros(2, 4)), Tensor)
 general = DEQLayer(lambda z, x: pair(z))
+for batch_dim in (None, 1, -1, (0, 1)):
+    DEQLayer(lambda z, x: z, batch_dim=batch_dim)
+z, s = fixed_point(torch.cos, torch.zeros(()), batch_dim=None)
 assert_type(general(x, z0=(torch.zeros(2, 4), torch.zeros(2, 4))), Pair)
 for forward in (Energy(), HeavyBall(), Picard(damping=0.5)):
     DEQLayer(cell, solver=forward)
@@ -75,6 +78,7 @@ WRONG = (
     ('DEQLayer(cell, backend="cpu")', "Literal['cpu']"),
     ('DEQLayer(cell, on_failure="warning")', "Literal['warning']"),
     ('DEQLayer(cell, max_iter="7")', 'expected "int"'),
+    ('DEQLayer(cell, batch_dim="0")', 'expected "int | tuple[int, ...] | None"'),
     ("DEQLayer(cell, solver=Anderson)", 'incompatible type "type[Anderson]"'),
     ("DEQLayer(cell, solver=Anderson(widow=3))", 'did you mean "window"'),
     ("fixed_point(torch.cos, z0, tolerance=1)", '"tolerance"'),

@@ -1,0 +1,136 @@
+"""States of any shape as rows ``(B, n)``, one per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.solve_common import working_dtype
+from ..samples import BatchDim, as_rows, batch_shape, from_rows, resolve
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _order(t: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of t in the order of its memory, where that is channels_last; else None."""
+    layout = _CHANNELS_LAST.get(t.dim())
+    if layout is None or t.is_contiguous() or not t.is_contiguous(memory_format=layout):
+        return None
+    return (0, *range(2, t.dim()), 1)
+
+
+class ArgumentWrittenError(Exception):
+    """The map changed its argument in place."""
+
+
+class Packing:
+    """Packs states like an example into rows, and unpacks rows into such states.
+
+    Both without copies where the state is one tensor in the dtype of its rows whose first
+    dimensions count samples, unless ``copies`` is set, as it must be for a map that changes its
+    argument in place or returns the same memory each time to somebody who keeps it.
+
+    The example is a tensor or a tuple of them, floating point, on one device, whose dimensions
+    ``batch_dim`` have the same sizes; B is their product, and 1 where ``batch_dim`` is None. Rows
+    are float64 where a part is, else float32. A part has the memory format of the example: it is
+    contiguous, or in channels_last.
+
+    Raises:
+        TypeError, ValueError: an example of another kind, with what it was.
+    """
+
+    def __init__(self, example: Any, batch_dim: BatchDim = 0):
+        self.is_tuple = isinstance(example, (tuple, list))
+        parts = tuple(example) if self.is_tuple else (example,)
+        if not parts or not all(isinstance(p, Tensor) for p in parts):
+            kinds = ", ".join(type(p).__name__ for p in parts)
+            raise TypeError(f"the state must be a tensor or a tuple of tensors, not ({kinds}).")
+        for p in parts:
+            if not p.is_floating_point():
+                raise TypeError(f"the state has dtype {p.dtype}; it must be real floating point.")
+        self.dims = resolve(batch_dim, parts)
+        if len({(batch_shape(p, self.dims), p.device) for p in parts}) > 1:
+            seen = "; ".join(f"{tuple(p.shape)} on {p.device}" for p in parts)
+            raise ValueError(
+                f"the parts of the state differ in batch size or device: {seen}, where "
+                f"batch_dim={batch_dim} counts samples (None: all of the state is one)."
+            )
+        self.shapes = [p.shape for p in parts]
+        self.ndims = tuple(p.dim() for p in parts)
+        self.dtypes = [p.dtype for p in parts]
+        rest = [[n for d, n in enumerate(s) if d not in self.dims] for s in self.shapes]
+        self.sizes = [math.prod(sizes) for sizes in rest]
+        #: Sizes of the parts in a row, where there are several.
+        self.parts = self.sizes if len(self.sizes) > 1 else None
+        self.device = parts[0].device
+        self.dtype = working_dtype(*parts)
+        self.copies = False
+        self._orders = [_order(p) if self.dims in ((), (0,)) else None for p in parts]
+        self._formats = [
+            torch.contiguous_format if order is None else _CHANNELS_LAST[p.dim()]
+            for p, order in zip(parts, self._orders, strict=True)
+        ]
+        leading = self.dims == tuple(range(len(self.dims)))
+        self._are_views = len(parts) == 1 and leading and self.dtypes[0] == self.dtype
+
+    def pack(self, state: Any, what: str = "the cell") -> Tensor:
+        """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
+        parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+        if not all(isinstance(p, Tensor) for p in parts):
+            kinds = ", ".join(type(p).__name__ for p in parts)
+            raise TypeError(f"{what} returned ({kinds}); a state of tensors is needed.")
+        if [p.shape for p in parts] != self.shapes:
+            got = [tuple(p.shape) for p in parts]
+            raise ValueError(
+                f"{what} returned shapes {got} for a state of shapes "
+                f"{[tuple(s) for s in self.shapes]}; they must be equal. "
+                "Pass z0 of the right shape, or define initial_state(x) on the cell."
+            )
+        if any(p.device != self.device for p in parts):
+            raise ValueError(f"{what} returned a state on another device than {self.device}.")
+        rows = [self._rows_of(p, i) for i, p in enumerate(parts)]
+        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
+
+    def unpack(self, rows: Tensor) -> Any:
+        """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
+        if self._are_views and not self.copies:
+            whole = self._part_of(rows, 0)
+            return (whole,) if self.is_tuple else whole
+        split = rows.split(self.sizes, 1)
+        parts = tuple(
+            self._part_of(p, i).to(self.dtypes[i], copy=True, memory_format=self._formats[i])
+            for i, p in enumerate(split)
+        )
+        return parts if self.is_tuple else parts[0]
+
+    def _rows_of(self, part: Tensor, i: int) -> Tensor:
+        order = self._orders[i]
+        if order is not None:  # in the order in which its entries lie in memory
+            part = part.permute(order)
+        rows = as_rows(part, self.dims)
+        return rows if rows.dtype == self.dtype else rows.to(self.dtype)
+
+    def _part_of(self, rows: Tensor, i: int) -> Tensor:
+        order, shape = self._orders[i], self.shapes[i]
+        if order is None:
+            return from_rows(rows, shape, self.dims)
+        part = from_rows(rows, [shape[d] for d in order], self.dims)
+        return part.movedim(-1, 1)
+
+    def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+        """``f`` on states as a map of rows; raises :class:`ArgumentWrittenError`."""
+
+        def rows_map(rows: Tensor) -> Tensor:
+            if self.copies:
+                return self.pack(f(self.unpack(rows)))
+            version = rows._version
+            value = self.pack(f(self.unpack(rows)))
+            if rows._version != version:
+                raise ArgumentWrittenError
+            return value
+
+        return rows_map
