@@ -65,8 +65,7 @@ class GeneralFastDEQ(GeneralContestant):
             tol=f_setting,
             adjoint_tol=b_setting,
             max_iter=problem.spec.max_iter,
-            on_failure="raise",
-            **options,
+            **{"on_failure": "raise", **options},
         )
 
     def attached(self) -> State:
