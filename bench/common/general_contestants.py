@@ -226,7 +226,7 @@ class Bare(GeneralContestant):
 
 def count(build: Callable[..., GeneralContestant], problem: GeneralProblem, mode: str) -> Counts:
     """What a contestant does in ``mode``; ``build`` takes the cell."""
-    cell = Counted(problem)
+    cell = Counted(problem.cell)
     contestant = build(cell)
     if mode == "forward":
         contestant.infer()

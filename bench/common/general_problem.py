@@ -61,9 +61,7 @@ class GeneralProblem:
 
     def state_residual(self, z: State) -> float:
         """``|f(z) - z| / |f(z)|`` of the worst sample; infinite where z is not finite."""
-        with torch.no_grad():
-            z = _double(z)
-            return _relative(rows(self._cell(z, self._x)), rows(z))
+        return _residual(self._cell, self._x, z)
 
     def adjoint_residual(self, u: State, z: State) -> float:
         """Distance from u to ``g + J^T u``, relative, of the worst sample."""
@@ -97,6 +95,17 @@ def like(packed: Tensor, state: State) -> State:
 
 def _double(state: State) -> State:
     return mapped(lambda part: part.detach().double(), state)
+
+
+def relative_residual(cell: nn.Module, x: State, z: State) -> float:
+    """``|f(z) - z| / |f(z)|`` in float64 of the worst sample; infinite where z is not finite."""
+    return _residual(copy.deepcopy(cell).double(), _double(x), z)
+
+
+def _residual(cell: nn.Module, x: State, z: State) -> float:
+    with torch.no_grad():
+        z = _double(z)
+        return _relative(rows(cell(z, x)), rows(z))
 
 
 def _relative(value: Tensor, z: Tensor) -> float:
@@ -140,9 +149,9 @@ class Counts:
 class Counted(nn.Module):
     """A cell that counts."""
 
-    def __init__(self, problem: GeneralProblem):
+    def __init__(self, cell: nn.Module):
         super().__init__()
-        self.cell = problem.cell
+        self.cell = cell
         self.counts = Counts()
 
     def forward(self, z: State, x: State) -> State:

@@ -104,7 +104,7 @@ def test_the_probe_shows_the_adjoint_solution():
 
 def test_counts_are_those_of_a_loop_by_hand():
     problem = general_problem_of(GeneralSpec("multiscale", (2, 4, 8, 2)))
-    cell = Counted(problem)
+    cell = Counted(problem.cell)
     with torch.no_grad():
         for _ in range(3):
             cell(problem.start, problem.x)
