@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from general_report import GENERAL, general_sections
 from record import load, write_json
 from report import Races, report
 from tables import Tables
@@ -54,14 +55,16 @@ def pytest_terminal_summary(
     races = config.stash[RACES]
     if not any(race.medians for race in races.values()):
         return
-    for title, lines in report(races):
+    for title, lines in (*general_sections(races), *report(races)):
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
     if config.option.results:
         path = Path(config.option.results)
         write_json(path, races, config.stash[LOAD])
-        terminalreporter.write_line(f"written: {path}, {_plotted(path)}")
+        drawn = any(group != GENERAL for group, _ in races)
+        plotted = _plotted(path) if drawn else "and no plot: it has the affine cells' races"
+        terminalreporter.write_line(f"written: {path}, {plotted}")
 
 
 def _plotted(path: Path) -> str:

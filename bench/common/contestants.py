@@ -148,22 +148,8 @@ class TorchDEQ(Contestant):
         import torchdeq
 
         super().__init__(problem)
-        if window:
-            solver = _tuned_anderson(window)
-        # simple_fixed_point_iter cannot be a backward solver: it calls f(z, tau=...).
-        simple = solver == "simple_fixed_point_iter"
         max_iter = max_iter or problem.spec.max_iter
-        options = {
-            "ift": True,
-            "f_solver": solver,
-            "b_solver": "fixed_point_iter" if simple else solver,
-            "f_max_iter": int(f_setting) if simple else max_iter,
-            "b_max_iter": max_iter,
-            "f_tol": f_setting,
-            "b_tol": b_setting,
-            "f_stop_mode": "rel",
-            "b_stop_mode": "rel",
-        }
+        options = torchdeq_options(solver, f_setting, b_setting, max_iter, window)
         self.training = torchdeq.get_deq(**options).train()
         self.evaluating = torchdeq.get_deq(**options).eval()
         self._forward_info: dict[str, Tensor] | None = None
@@ -237,6 +223,27 @@ class TorchDEQSimple(TorchDEQ):
 
     def _told(self) -> int:
         return int(self.training.f_max_iter)
+
+
+def torchdeq_options(
+    solver: str, f_setting: float, b_setting: float, max_iter: int, window: int = 0
+) -> dict[str, Any]:
+    """Of ``torchdeq.get_deq``. ``window``: of Anderson, with the ridge that suits it best here."""
+    if window:
+        solver = _tuned_anderson(window)
+    # simple_fixed_point_iter cannot be a backward solver: it calls f(z, tau=...).
+    simple = solver == "simple_fixed_point_iter"
+    return {
+        "ift": True,
+        "f_solver": solver,
+        "b_solver": "fixed_point_iter" if simple else solver,
+        "f_max_iter": int(f_setting) if simple else max_iter,
+        "b_max_iter": max_iter,
+        "f_tol": f_setting,
+        "b_tol": b_setting,
+        "f_stop_mode": "rel",
+        "b_stop_mode": "rel",
+    }
 
 
 def _tuned_anderson(window: int) -> str:

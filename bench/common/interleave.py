@@ -85,8 +85,7 @@ def race(spec: Spec, mode: str, timed: bool = True, scaling: bool = False) -> Ra
             result.iterations[entry.name] = ready.iterations
             result.products[entry.name] = ready.products
         if timed:
-            long = _drop_slow(result)
-            _run_rounds(result, long, SECONDS_SCALING if scaling else SECONDS)
+            run_rounds(result, SECONDS_SCALING if scaling else SECONDS)
     return result
 
 
@@ -110,7 +109,9 @@ def _drop_slow(result: Race) -> set[str]:
     return {name for name, seconds in once.items() if seconds > _LONG}
 
 
-def _run_rounds(result: Race, long: set[str], seconds: float) -> None:
+def run_rounds(result: Race, seconds: float) -> None:
+    """Times ``result.runs`` in turns for about ``seconds`` and fills in ``result.medians``."""
+    long = _drop_slow(result)
     order = list(result.runs)
     times: dict[str, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle

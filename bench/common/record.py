@@ -31,12 +31,13 @@ def write_json(path: Path, races: Races, load_before: float | None) -> None:
         "versions": {name: version(name) for name in _PACKAGES},
         "load_before": load_before,
         "load_after": load(),
-        "races": [_race(group, key, races[group, key]) for group, key in races],
+        "races": [race_record(group, key, races[group, key]) for group, key in races],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _race(group: str, key: str, race: Any) -> dict[str, Any]:
+def race_record(group: str, key: str, race: Any) -> dict[str, Any]:
+    """What is written of a race."""
     contestants = {}
     for name, seconds in race.medians.items():
         contestants[name] = {

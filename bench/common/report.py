@@ -48,7 +48,7 @@ def report(races: Races) -> Iterator[tuple[str, list[str]]]:
             what = "hard" if hard else "easy"
             yield f"products with W per sample, forward + backward, {what}", _products(chosen, hard)
     if peers:
-        lines = [*_RATIO_NOTE, *_busy()]
+        lines = [*_RATIO_NOTE, *busy()]
         for hard in (True, False):
             chosen = [race for race in peers if race.spec.hard == hard]
             lines += ["", *_ratios(chosen, hard)] if chosen else []
@@ -70,21 +70,21 @@ def _left_out(races: Iterable[Race]) -> Iterator[str]:
 
 def _ratios(races: list[Race], hard: bool) -> list[str]:
     names = [entry.name for entry in (HARD_ENTRIES if hard else EASY_ENTRIES)]
-    rows = [_head(("problem", "d x B", "mode"), [*names, "auto/simple", "torchdeq's fastest"])]
+    rows = [head(("problem", "d x B", "mode"), [*names, "auto/simple", "torchdeq's fastest"])]
     for race in races:
         best = race.reference
         fastest = f"{race.medians[best] * 1e3:.2f} ms {best.split('-', 1)[1]}" if best else "-"
         against_simple = race.ratio("fastdeq-auto", "torchdeq-simple")
-        ratios = [_number(race.ratio(name)) for name in names]
+        ratios = [number(race.ratio(name)) for name in names]
         cells = [race.spec.kind, race.spec.size, race.mode, *ratios]
-        rows.append(((*cells, _number(against_simple), fastest),))
+        rows.append(((*cells, number(against_simple), fastest),))
     return table(rows)
 
 
 def _costs(races: list[Race]) -> list[str]:
     shown = [entry.name for entry in SCALING_ENTRIES if any(entry.name in r.medians for r in races)]
     fixed = ("W", "scale", "d x B", "tol", "threads", "inputs", "mode")
-    rows = [_head(fixed, [*shown, "auto ratio"])]
+    rows = [head(fixed, [*shown, "auto ratio"])]
     for race in races:
         spec = race.spec
         cells = [
@@ -97,15 +97,15 @@ def _costs(races: list[Race]) -> list[str]:
             spec.inputs,
             race.mode,
         ]
-        times = [_number(race.medians.get(name), 1e3, 3) for name in shown]
-        rows.append(((*cells, *times, _number(race.ratio("fastdeq-auto"))),))
+        times = [number(race.medians.get(name), 1e3, 3) for name in shown]
+        rows.append(((*cells, *times, number(race.ratio("fastdeq-auto"))),))
     return table(rows)
 
 
 def _products(races: list[Race], hard: bool) -> list[str]:
     names = [entry.name for entry in (HARD_ENTRIES if hard else EASY_ENTRIES)]
     names = [name for name in names if name != "bare-products"]
-    rows = [_head(("problem", "d x B"), names)]
+    rows = [head(("problem", "d x B"), names)]
     for race in races:
         counts = [_count(race.products.get(name)) for name in names]
         rows.append(((race.spec.kind, race.spec.size, *counts),))
@@ -118,14 +118,14 @@ def _count(counts: Counts | None) -> str:
     return "+".join("?" if count is None else f"{count:.4g}" for count in counts)
 
 
-def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
+def number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
     return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
 Row = tuple[tuple[str, ...], ...]  # one or two lines
 
 
-def _head(fixed: Iterable[str], names: Iterable[str]) -> Row:
+def head(fixed: Iterable[str], names: Iterable[str]) -> Row:
     halves = [name.replace(" ", "-").partition("-") for name in names]
     upper, lower = [half[0] for half in halves], [half[2] for half in halves]
     return (*("" for _ in fixed), *upper), (*fixed, *lower)
@@ -140,7 +140,7 @@ def table(rows: list[Row]) -> list[str]:
     return ["  ".join(line[i].rjust(widths[i]) for i in kept) for line in lines]
 
 
-def _busy() -> Iterator[str]:
+def busy() -> Iterator[str]:
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load > 1.25 * cores:  # a run of its own makes it about 1 per core
         yield f"The machine is busy with other things (load {load:.1f} on {cores} cores), and a"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from interleave import race, threads_of
+from interleave import Race, race, threads_of
 from problems import Spec
 from report import Races
 
@@ -28,18 +28,22 @@ def bench(
     The benchmark's own numbers are taken one contestant after another, so they compare less well.
     """
     result = race(spec, mode, benchmark.enabled, scaling)
+    benchmark.extra_info.update(d=spec.d, B=spec.batch)
+    time_again(benchmark, races, group, key, result, name)
+
+
+def time_again(benchmark: Any, races: Races, group: str, key: str, result: Race, name: str) -> None:
+    """Puts a race among those that are shown, and lets pytest-benchmark time one contestant."""
     races[group, key] = result
     if name in result.skipped:
         pytest.skip(result.skipped[name].partition(";")[0])
     benchmark.group = f"{group} {key}"
     benchmark.extra_info.update(
         result.facts[name],
-        d=spec.d,
-        B=spec.batch,
         iterations=result.iterations[name],
         products=result.products[name],
         torch=torch.__version__,
-        threads=spec.threads or torch.get_num_threads(),
+        threads=result.spec.threads or torch.get_num_threads(),
     )
     rounds = 1
     if benchmark.enabled:
@@ -50,5 +54,5 @@ def bench(
             ratio_to_torchdeq_fastest=result.ratio(name),
             torchdeq_fastest=result.reference,
         )
-    with threads_of(spec):
+    with threads_of(result.spec):
         benchmark.pedantic(result.runs[name], rounds=rounds, warmup_rounds=int(rounds > 1))

@@ -71,7 +71,7 @@ def prepare(entry: Entry, spec: Spec, mode: str) -> Ready:
     return Ready(run, (None, trained.iterations[1]), (None, None), trained.facts)
 
 
-def _remembered(find: Callable[[Entry, Problem], _T]) -> Callable[[Entry, Problem], _T]:
+def remembered(find: Callable[[Entry, Problem], _T]) -> Callable[[Entry, Problem], _T]:
     """Calls ``find`` once per arguments, also where it raises."""
 
     @cache
@@ -91,7 +91,7 @@ def _remembered(find: Callable[[Entry, Problem], _T]) -> Callable[[Entry, Proble
     return setting
 
 
-@_remembered
+@remembered
 def _training(entry: Entry, problem: Problem) -> _Training:
     """A verified contestant for the backward and the full races."""
     if not entry.verified:
@@ -128,16 +128,16 @@ def _trained(entry: Entry, problem: Problem, forward: float, adjoint: float) -> 
     return _Training(contestant, state, contestant.iterations, facts)
 
 
-@_remembered
+@remembered
 def _inference_setting(entry: Entry, problem: Problem) -> float:
     def residual(setting: float) -> float:
         contestant = entry.build(problem, setting, problem.spec.tol)
         return problem.state_residual(contestant.tensor(contestant.infer()))
 
-    return _loosest(entry.forward_settings(problem.spec), residual, problem.allowed)
+    return loosest(entry.forward_settings(problem.spec), residual, problem.allowed)
 
 
-@_remembered
+@remembered
 def _training_setting(entry: Entry, problem: Problem) -> float:
     def residual(setting: float) -> float:
         contestant = entry.build(problem, setting, problem.spec.tol)
@@ -145,10 +145,10 @@ def _training_setting(entry: Entry, problem: Problem) -> float:
 
     if entry.build(problem, 1, problem.spec.tol).same_forward:
         return _inference_setting(entry, problem)
-    return _loosest(entry.forward_settings(problem.spec), residual, problem.allowed)
+    return loosest(entry.forward_settings(problem.spec), residual, problem.allowed)
 
 
-@_remembered
+@remembered
 def _adjoint_setting(entry: Entry, problem: Problem) -> float:
     forward = _training_setting(entry, problem)
 
@@ -157,7 +157,7 @@ def _adjoint_setting(entry: Entry, problem: Problem) -> float:
         grad_x = contestant.full(problem.solution.float())[1]
         return problem.adjoint_residual(_torch(grad_x))
 
-    return _loosest(tolerances(problem.spec), residual, problem.allowed)
+    return loosest(tolerances(problem.spec), residual, problem.allowed)
 
 
 def _torch(value: Any) -> torch.Tensor:
@@ -168,9 +168,7 @@ def _torch(value: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(value))
 
 
-def _loosest(
-    settings: Sequence[float], residual: Callable[[float], float], allowed: float
-) -> float:
+def loosest(settings: Sequence[float], residual: Callable[[float], float], allowed: float) -> float:
     """The first of ``settings``, which run from loose to tight, whose residual is allowed."""
     best, failure, seen = float("inf"), "", []
 
