@@ -65,15 +65,22 @@ bool supports(py::handle start) {
          (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
 }
 
+at::Tensor to_tensor(py::handle object) {
+  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
+}
+
 std::unique_ptr<Iteration> make(py::handle start, const py::object& options,
-                                const std::vector<int64_t>& parts) {
+                                const std::vector<int64_t>& parts, py::handle offset,
+                                py::handle scale) {
   const c10::InferenceMode off(false);  // the versions of the point are to be counted
-  return Iteration::make(THPVariable_Unpack(start.ptr()), options_of(options), parts);
+  return Iteration::make(THPVariable_Unpack(start.ptr()), options_of(options), parts,
+                         to_tensor(offset), to_tensor(scale));
 }
 
 bool advance(Iteration& iteration, py::handle value) {
-  const at::Tensor& t = THPVariable_Unpack(value.ptr());
-  TORCH_CHECK(is_plain(t), "the map returned other than a dense tensor for a state that is one");
+  const at::Tensor t = to_tensor(value);
+  TORCH_CHECK(!t.defined() || is_plain(t),
+              "the map returned other than a dense tensor for a state that is one");
   const py::gil_scoped_release unlocked;
   const c10::InferenceMode off(false);
   const at::AutoDispatchBelowADInplaceOrView below;  // no history, whatever grad mode is
@@ -97,12 +104,13 @@ py::tuple result(const Iteration& iteration) {
 
 void bind_iteration(py::module_& m) {
   py::class_<Iteration>(m, "Iteration", "The iterations of a general map between its evaluations.")
-      .def(py::init(&make), py::arg("start"), py::arg("options"), py::arg("parts"))
+      .def(py::init(&make), py::arg("start"), py::arg("options"), py::arg("parts"),
+           py::arg("offset") = py::none(), py::arg("scale") = py::none())
       .def_static("supports", &supports, py::arg("start"),
                   "Whether there are iterations for rows like these.")
       .def("point", &point, "Where to evaluate the map, (B, n).")
       .def("advance", &advance, py::arg("value"),
-           "Takes the map's value there, (B, n); False when the solve has ended.")
+           "Takes the map's value there, (B, n), None for zeros; False when the solve has ended.")
       .def("result", &result,
            "value, status, iterations, residual, rejects, rate, middle, end: per sample.");
 }

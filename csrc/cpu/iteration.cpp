@@ -39,12 +39,18 @@ template <typename T>
 class IterationOf : public Iteration {
  public:
   IterationOf(const at::Tensor& start, const SolveOptions& options,
-              const std::vector<int64_t>& parts)
+              const std::vector<int64_t>& parts, const at::Tensor& offset, const at::Tensor& scale)
       : judge_(options, start.size(0), parts.size()),
         batch_(start.size(0)),
         size_(start.size(1)),
         point_(start.clone(at::MemoryFormat::Contiguous)),
         best_(at::empty_like(point_)) {
+    if (offset.defined()) {
+      TORCH_CHECK(offset.sizes() == start.sizes() && scale.sizes() == start.sizes().slice(0, 1),
+                  "the offset must be ", start.sizes(), " with a scale for each row");
+      offset_ = offset.to(start.scalar_type()).contiguous();
+      scale_ = scale.to(start.scalar_type()).contiguous();
+    }
     for (int64_t b = 0; b < batch_; ++b) {  // a row that is not finite starts from zero
       T* const from = row(point_, b);
       bool finite = true;
@@ -65,10 +71,13 @@ class IterationOf : public Iteration {
   at::Tensor point() const override { return point_; }
 
   bool advance(const at::Tensor& given) override {
-    TORCH_CHECK(given.sizes() == point_.sizes() && given.is_cpu(), "the value must be ",
-                point_.sizes(), " on the CPU, got ", given.sizes());
-    const at::Tensor value = given.to(point_.scalar_type()).contiguous();
-    value_ = value.const_data_ptr<T>();
+    at::Tensor value;
+    if (given.defined()) {
+      TORCH_CHECK(given.sizes() == point_.sizes() && given.is_cpu(), "the value must be ",
+                  point_.sizes(), " on the CPU, got ", given.sizes());
+      value = given.to(point_.scalar_type()).contiguous();
+    }
+    value_ = value.defined() ? value.const_data_ptr<T>() : nullptr;
     // What others hold, the value for one if it is a view of the point, is left to them.
     next_ = point_.storage().use_count() > 1 ? at::empty_like(point_) : point_;
     make_entries();
@@ -198,7 +207,11 @@ class IterationOf : public Iteration {
   // The evaluation of sample b, with so many of those before it.
   RowEvaluation<T> evaluation(int64_t b, int64_t ages, Scratch& scratch) const {
     RowEvaluation<T> e;
-    e.value = value_ + b * size_;
+    if (value_ != nullptr) e.value = value_ + b * size_;
+    if (offset_.defined()) {
+      e.offset = offset_.const_data_ptr<T>() + b * size_;
+      e.scale = scale_.const_data_ptr<T>()[b];
+    }
     e.point = row(point_, b);
     e.ages = ages;
     const T** const old = scratch.old.data();
@@ -254,7 +267,7 @@ class IterationOf : public Iteration {
   Judge<T> judge_;
   const int64_t batch_, size_;
   std::vector<Range> whole_, ranges_;
-  at::Tensor point_, best_, last_, next_;
+  at::Tensor point_, best_, last_, next_, offset_, scale_;
   std::vector<at::Tensor> f_history_, g_history_;  // (B, n) for each entry
   const T* value_ = nullptr;
   int64_t evaluations_ = 0, most_ages_ = 0;
@@ -263,15 +276,16 @@ class IterationOf : public Iteration {
 }  // namespace
 
 std::unique_ptr<Iteration> Iteration::make(const at::Tensor& start, const SolveOptions& options,
-                                           const std::vector<int64_t>& parts) {
+                                           const std::vector<int64_t>& parts,
+                                           const at::Tensor& offset, const at::Tensor& scale) {
   TORCH_CHECK(start.is_cpu() && start.dim() == 2, "the start must be (B, n) on the CPU");
   TORCH_CHECK(options.solver != Solver::kEnergy && options.solver != Solver::kMinres,
               "these steps are for affine cells");
   if (start.scalar_type() == at::kDouble) {
-    return std::make_unique<IterationOf<double>>(start, options, parts);
+    return std::make_unique<IterationOf<double>>(start, options, parts, offset, scale);
   }
   TORCH_CHECK(start.scalar_type() == at::kFloat, "the start must be float32 or float64");
-  return std::make_unique<IterationOf<float>>(start, options, parts);
+  return std::make_unique<IterationOf<float>>(start, options, parts, offset, scale);
 }
 
 }  // namespace fastdeq

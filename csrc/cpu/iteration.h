@@ -29,14 +29,17 @@ class Iteration {
  public:
   // `start` is (B, n) float or double on the CPU; `parts` are the sizes of the parts of a
   // row, one or more, each of which is to meet the tolerance.
+  // Where there is an `offset` (B, n), f is the map that is evaluated plus `scale` (B,) times it.
   static std::unique_ptr<Iteration> make(const at::Tensor& start, const SolveOptions& options,
-                                         const std::vector<int64_t>& parts);
+                                         const std::vector<int64_t>& parts,
+                                         const at::Tensor& offset, const at::Tensor& scale);
   virtual ~Iteration() = default;
 
   // (B, n): where to evaluate f. Its memory may be written to by the next `advance`, unless
   // somebody still holds the tensor or a view of it then.
   virtual at::Tensor point() const = 0;
-  // Takes the value of f at the point, (B, n); false when the solve has ended.
+  // Takes the value of the map at the point, (B, n), zeros where it is undefined; false when the
+  // solve has ended.
   virtual bool advance(const at::Tensor& value) = 0;
   virtual IterationResult result() const = 0;
 };

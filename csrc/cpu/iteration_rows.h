@@ -37,6 +37,12 @@ FASTDEQ_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
        [j, n](T* p, Vec<T> v) __attribute__((always_inline)) { store_partial(p + j, v, n); });
 }
 
+template <typename T, typename Load>
+FASTDEQ_INLINE Vec<T> value_of(const RowEvaluation<T>& e, Load load) {
+  const Vec<T> value = e.value == nullptr ? Vec<T>{} : load(e.value);
+  return e.offset == nullptr ? value : value + splat(e.scale) * load(e.offset);
+}
+
 template <typename T>
 void measure(const RowEvaluation<T>& e, int64_t begin, int64_t end, double* sums) {
   Sum<T> residual, size;
@@ -44,7 +50,7 @@ void measure(const RowEvaluation<T>& e, int64_t begin, int64_t end, double* sums
   for (int64_t from = begin; from < end; from += kBlock) {
     const int64_t to = from + kBlock < end ? from + kBlock : end;
     for_vectors<T>(from, to, [&](auto load, auto store) __attribute__((always_inline)) {
-      const Vec<T> value = load(e.value), g = value - load(e.point);
+      const Vec<T> value = value_of(e, load), g = value - load(e.point);
       if (e.ages > 0) store(block - from, g);
       add_square(residual, g);
       add_square(size, value);
@@ -69,7 +75,7 @@ FASTDEQ_INLINE void mix_block(const RowEvaluation<T>& e, const RowStep<T>& s, in
   const Vec<T> undamped = splat(T(1) - s.damping);
   const bool damps = s.damping != 1;
   for_vectors<T>(from, to, [&](auto load, auto store) __attribute__((always_inline)) {
-    const Vec<T> f = load(e.value);
+    const Vec<T> f = value_of(e, load);
     store(z, damps ? f - undamped * (f - load(e.point)) : f);
   });
   for (int64_t age = 0; age < e.ages; ++age) {
@@ -77,7 +83,7 @@ FASTDEQ_INLINE void mix_block(const RowEvaluation<T>& e, const RowStep<T>& s, in
     if (T(s.gamma[age]) == 0) continue;  // an entry that is not used may hold anything
     const T *const old_f = e.old_f[age], *const old_g = e.old_g[age];
     for_vectors<T>(from, to, [&](auto load, auto store) __attribute__((always_inline)) {
-      const Vec<T> f = load(e.value);
+      const Vec<T> f = value_of(e, load);
       Vec<T> difference = f - load(old_f);
       if (damps) difference -= undamped * ((f - load(e.point)) - load(old_g));
       store(z, load(z) - weight * difference);
@@ -92,7 +98,7 @@ FASTDEQ_INLINE void step_block(const RowEvaluation<T>& e, const RowStep<T>& s, i
   const Vec<T> momentum = splat(T(s.omega - 1));
   const bool damps = s.damping != 1, first = s.omega == 1;
   for_vectors<T>(from, to, [&](auto load, auto store) __attribute__((always_inline)) {
-    const Vec<T> point = load(e.point), value = load(e.value);
+    const Vec<T> point = load(e.point), value = value_of(e, load);
     if (s.best != nullptr) store(s.best, point);
     if (s.next == nullptr) return;
     Vec<T> next = damps ? point + damping * (value - point) : value;

@@ -14,7 +14,10 @@ enum SumPlace : int { kResidualSquare, kSizeSquare, kFirstProduct };
 
 template <typename T>
 struct RowEvaluation {
+  // f(z) is the value, zeros where that is null, and scale times the offset, unless that is null.
   const T* value = nullptr;
+  const T* offset = nullptr;
+  T scale = 1;
   const T* point = nullptr;
   // Values f(z) and residuals f(z) - z of `ages` evaluations before, newest first.
   const T* const* old_f = nullptr;
