@@ -8,11 +8,13 @@ from .backends.choose import Backend
 from .errors import lists_options
 from .options import AdjointName, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, handle_failure
+from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 
 
+@outside_graphs
 @lists_options("fixed_point")
 def fixed_point(
     f: Callable[[State], State],

@@ -15,6 +15,7 @@ from .errors import explain_call, lists_options
 from .options import AdjointName, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, Status, may_look
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.record import Record
 from .solve.spec import Specs
@@ -130,6 +131,10 @@ class DEQLayer(nn.Module):
             cell = self.cell
             if isinstance(cell, AffineCell) and cell.is_plain():
                 return self._solve_affine(cell, x, z0)
+        return self._solve_general(x, context, z0)
+
+    @outside_graphs
+    def _solve_general(self, x: Any, context: tuple[Any, ...], z0: Any) -> Any:
         finite = None
         start = self._start(x) if z0 is None else z0
         if isinstance(x, Tensor) and _batch_of(start) == x.shape[:1]:

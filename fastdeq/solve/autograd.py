@@ -2,9 +2,9 @@
 
 General map, ``z = f(z)`` with f closing over tensors theta. The implicit function theorem gives
 ``dL/dtheta = u^T df/dtheta`` with ``u = g + J^T u``, ``g = dL/dz*``, ``J = df/dz`` at z*. Theta is
-found by watching one evaluation of f, and ``FixedPoint`` takes it as input. The equation for u is a
-fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of every
-order follow from the one rule.
+found in the graph of one evaluation of f, and ``FixedPoint`` takes it as input. The equation for u
+is a fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of
+every order follow from the one rule.
 
 Affine cell, ``z = phi(W z + c)``: in ``q = D u`` the adjoint is ``q = D (g + q W)``, and
 ``dL/dc = q``, ``dL/dW = q^T z*``. ``LinearSolve`` solves it; its own gradient, for a cotangent h,
@@ -17,7 +17,7 @@ with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,10 +28,8 @@ from torch.autograd import Function, forward_ad
 from ..activations import ACTIVATIONS
 from ..ops.solve_affine_adjoint import unit_rows
 from ..solution import Status
-from .closure import ClosureTracker, cut_above
+from .closure import Map, cut_above, evaluate, placed_above, same_closure
 from .spec import Report, SolveSpec, Specs, ignore
-
-Map = Callable[[Tensor], Tensor]
 
 
 def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
@@ -41,9 +39,10 @@ def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
 class FixedPoint(Function):
     """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over.
 
-    ``at`` is a leaf at z* and ``fz`` is f of it, where f was already evaluated under autograd. Then
+    ``at`` is a copy of z* and ``fz`` is f of it, where f was already evaluated under autograd. Then
     the first derivative goes out through the graph of fz, so that hooks on theta run once; a
-    gradient that is to be differentiated again goes to theta itself.
+    gradient that is to be differentiated again goes to theta itself. Every vector-Jacobian product
+    is one with respect to a state that lies above theta in the graph, where autograd stops.
     """
 
     @staticmethod
@@ -73,7 +72,7 @@ class FixedPoint(Function):
             u = _solve_adjoint(ctx.spec, ctx.report, ctx.fz, ctx.at, grad, None)
             return None, None, None, None, u, None, *[None] * len(theta)
         # A derivative of this gradient needs f as a function of z*, which depends on theta.
-        at = z if differentiable else z.detach().requires_grad_()
+        at = z if differentiable else placed_above(z, theta)
         with torch.enable_grad():
             fz = ctx.f(at)
         closed_over = theta if differentiable else None
@@ -127,29 +126,13 @@ def _solve_adjoint(
 
 def attach(spec: SolveSpec, report: Report, f: Map, z: Tensor) -> Tensor:
     """z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes over."""
-    at = z.detach().requires_grad_()
-    with torch.enable_grad(), ClosureTracker() as tracker:
-        fz = f(at)
+    at, fz, theta = evaluate(f, z)
     if forward_ad.unpack_dual(fz).tangent is not None:
         raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
-    theta = [t for t in tracker.tensors if t is not at]
     if not theta:
         return z.detach()
-    known = frozenset(map(id, theta))
-
-    def tracked(z: Tensor) -> Tensor:
-        with ClosureTracker() as again:
-            fz = f(z)
-        new = [t for t in again.tensors if t is not z and id(t) not in known]
-        if new:
-            raise RuntimeError(
-                f"the map used tensors of shapes {[tuple(t.shape) for t in new]} at the backward "
-                "pass that it did not use at the forward pass; it must be the same map at both."
-            )
-        return fz
-
     return FixedPoint.apply(  # type: ignore[no-any-return]
-        spec, report, tracked, at, fz, z.detach(), *theta
+        spec, report, same_closure(f, theta), at, fz, z.detach(), *theta
     )
 
 

@@ -15,6 +15,7 @@ from ..ops.solve_common import working_dtype
 from ..solution import Solution
 from ..solvers.loop import finite_rows
 from . import autograd
+from .eager import Eagerly
 from .spec import Report, Specs
 
 
@@ -107,7 +108,10 @@ def solve_map(
         start = finite_rows(packing.pack(z0))
     # The first evaluation is made under autograd: what the cell caches then (as in
     # torch.nn.utils.parametrize.cached) keeps its graph for the evaluation that is differentiated.
-    start_value = rows(start).detach() if torch.is_grad_enabled() and len(start) else None
+    start_value = None
+    if torch.is_grad_enabled() and len(start):
+        with Eagerly():
+            start_value = rows(start).detach()
     with torch.no_grad():
         solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, start_value)
     z = solution.value
