@@ -19,7 +19,7 @@ Map = Callable[[Tensor], Tensor]
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
 _NOTHING = torch.zeros((), requires_grad=True)
-_ACCUMULATE = type(torch.autograd.graph.get_gradient_edge(_NOTHING).node)  # nodes of leaves
+_ACCUMULATE: Any = type(torch.autograd.graph.get_gradient_edge(_NOTHING).node)  # nodes of leaves
 
 
 class Above(Function):
@@ -27,19 +27,18 @@ class Above(Function):
 
     Autograd visits everything that is reachable, however far up, unless its topological number (the
     longest way to a leaf) is below those of all tensors that a gradient is asked for. Here lies a
-    state at which a map is evaluated: a vector-Jacobian product with respect to it stops at what the
-    map closes over.
+    state at which a map is evaluated: a vector-Jacobian product with respect to it stops at what
+    the map closes over.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.inputs = 1 + len(tensors)
         return z.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
-        return (None,) * ctx.inputs
+        return (None,) * len(ctx.needs_input_grad)
 
 
 def placed_above(z: Tensor, tensors: Iterable[Tensor]) -> Tensor:
@@ -115,7 +114,7 @@ def _outer_edges(root: Any, begin: Any, outside: set[Any]) -> list[Edge]:
 
 
 def _leaves(edges: Iterable[Edge]) -> list[Tensor]:
-    found = [node.variable for node, _ in edges if type(node) is _ACCUMULATE]
+    found: list[Tensor] = [node.variable for node, _ in edges if isinstance(node, _ACCUMULATE)]
     return [t for t in found if t is not _NOTHING]
 
 
@@ -157,14 +156,14 @@ def same_closure(f: Map, theta: Sequence[Tensor]) -> Map:
 def _edges_to_leaves(value: Tensor, above: set[Any]) -> list[Edge]:
     """Edges to leaves that are reached from value without passing the nodes ``above``."""
     found: dict[Edge, None] = {}
-    seen, stack = {None, *above}, [value.grad_fn]
+    seen, stack = set(above), [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         for edge in node.next_functions:
-            if type(edge[0]) is _ACCUMULATE:
+            if isinstance(edge[0], _ACCUMULATE):
                 found[edge] = None
             else:
                 stack.append(edge[0])

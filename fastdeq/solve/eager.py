@@ -20,9 +20,9 @@ _stance: Any = None  # what ends that
 class Eagerly:
     """Within it, compiled functions run as they were written, and nothing is compiled.
 
-    The differentiated evaluation of a cell is walked through by many vector-Jacobian products, which
-    a compiled backward pass would refuse; and a graph compiled for training would be compiled for
-    that evaluation alone. What was compiled before stays, for the evaluations without a gradient.
+    Many vector-Jacobian products walk through the differentiated evaluation of a cell, which a
+    compiled backward pass refuses, and a graph compiled for training would serve that evaluation
+    alone. What was compiled stays as it is, for the evaluations without a gradient.
 
     The compiler's stance is one for all threads. The first to come sets it, the last to leave
     restores what was there; meanwhile compiled functions of other threads run uncompiled.
@@ -56,9 +56,9 @@ class Eagerly:
 
 
 def outside_graphs(function: Function) -> Function:
-    """``function``, which torch.compile calls and does not trace: its graph ends before the call."""
+    """``function``, which torch.compile calls and does not trace: its graph ends there."""
     # As torch.compiler.disable, but the compiler is imported at the first call.
-    untraced = torch._disable_dynamo(function)
+    untraced = torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

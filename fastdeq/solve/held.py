@@ -19,9 +19,9 @@ def held_tensors(f: Any, *, everywhere: bool = False) -> Iterator[Tensor]:
     """Tensors with a ``grad_fn`` that are reached from the function ``f``: arguments in its closure
     and its defaults, in containers of these and in functions that it holds.
 
-    With ``everywhere`` also what modules and other objects have as attributes, global variables that
-    are more than a tensor, and weights cached by ``torch.nn.utils.parametrize.cached``. Functions
-    that hold very much are not searched to the end.
+    With ``everywhere`` also what modules and other objects have as attributes, global variables
+    that are more than a tensor, and weights cached by ``torch.nn.utils.parametrize.cached``. A
+    function that holds very much is not searched to the end.
     """
     stack: list[Any] = [f]
     if everywhere:
