@@ -1,6 +1,6 @@
 // The extension module. Operators register themselves with the dispatcher when it is loaded; what
-// is bound here is information, on the build and on what a GPU engine supports, and the affine
-// cell's solve with its gradient in one call.
+// is bound here is information, on the build and on what a GPU engine supports, the affine cell's
+// solve with its gradient in one call, and the leaves of an evaluation.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,6 +18,7 @@
 #include "cpu/engine.h"
 #include "cpu/interrupt.h"
 #include "cuda/persistent_task.h"
+#include "outer_leaves.h"
 
 namespace {
 
@@ -106,4 +107,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("shared_bytes"),
         "Why the persistent CUDA engine cannot hold a solve; empty where it can.");
   fastdeq::bind_affine_node(m);
+  fastdeq::bind_outer_leaves(m);
 }

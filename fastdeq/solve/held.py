@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 _FEW, _MANY = 1000, 50_000  # objects to look at
 _CODE = (FunctionType, MethodType, functools.partial)
+_PLAIN = frozenset((type(None), bool, int, float, str))
 
 
 def held_tensors(f: Any, *, everywhere: bool = False) -> Iterator[Tensor]:
@@ -31,39 +32,36 @@ def held_tensors(f: Any, *, everywhere: bool = False) -> Iterator[Tensor]:
         if not stack:
             return
         item = stack.pop()
-        if id(item) in seen:
+        if type(item) in _PLAIN or id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
             if item.grad_fn is not None:
                 yield item
+        elif isinstance(item, FunctionType):
+            _add_held(item, stack, everywhere)
         elif isinstance(item, (list, tuple, set)):
             stack += item
-        elif isinstance(item, Mapping):
+        elif isinstance(item, dict):
             stack += item.values()
-        elif isinstance(item, FunctionType):
-            stack += _of_function(item, everywhere)
+        elif isinstance(item, nn.Module) and not everywhere:  # a layer around a function
+            stack += [part for part in vars(item).values() if type(part) in _CODE]
         elif isinstance(item, MethodType):
             stack += (item.__func__, item.__self__)
         elif isinstance(item, functools.partial):
             stack += (item.func, item.args, item.keywords)
         elif isinstance(item, (type, ModuleType)):
-            pass
-        elif everywhere or dataclasses.is_dataclass(item):
-            stack += getattr(item, "__dict__", {}).values()
-        elif isinstance(item, nn.Module):  # a layer around a function
-            stack += [part for part in vars(item).values() if isinstance(part, _CODE)]
-
-
-def _of_function(f: FunctionType, everywhere: bool) -> Iterator[Any]:
-    for cell in f.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not filled yet
             continue
-    yield f.__defaults__
-    yield f.__kwdefaults__
+        elif everywhere or hasattr(item, "__dataclass_fields__"):
+            stack += getattr(item, "__dict__", {}).values()
+
+
+def _add_held(f: FunctionType, stack: list[Any], everywhere: bool) -> None:
+    for cell in f.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            stack.append(cell.cell_contents)
+    stack += (f.__defaults__, f.__kwdefaults__)
     for name in f.__code__.co_names:
         value = f.__globals__.get(name)
-        if isinstance(value, Tensor) or everywhere:
-            yield value
+        if value is not None and (everywhere or isinstance(value, Tensor)):
+            stack.append(value)

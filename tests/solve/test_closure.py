@@ -11,6 +11,14 @@ from fastdeq.solve import closure
 F64 = torch.float64
 
 
+@pytest.fixture(autouse=True, params=["extension", "reference"])
+def implementation(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(closure, "outer_leaves", closure.reference_outer_leaves)
+    elif closure.outer_leaves is closure.reference_outer_leaves:
+        pytest.skip("no extension")
+
+
 def leaf(*shape):
     return torch.randn(*shape, dtype=F64, requires_grad=True)
 
@@ -72,7 +80,7 @@ def test_one_evaluation_is_differentiated_and_none_is_watched(above, unwatched):
 def test_tensors_deep_inside_cost_one_more_evaluation(unwatched):
     layer = DEQLayer(Counted(), solver="picard")
     for block in layer.cell.blocks:
-        weight = block.weight.detach() + leaf(1)
+        weight = block.weight.detach() * torch.sin(leaf(1))
         del block.weight
         block.weight = weight
     count, solve = evaluations(layer, 2 * leaf(3, 4))
@@ -90,6 +98,26 @@ def test_it_is_what_watching_finds():
     ours, watched = found(lambda z: (cell(z, held), idle)[0], z)
     assert ours == watched
     assert id(idle) not in ours
+
+
+@pytest.mark.parametrize("known", ["all", "one too few", "one too many"])
+def test_tensors_beside_leaves_have_to_be_those_that_are_known(known):
+    w, x, y, idle = leaf(4), 2 * leaf(3, 4), 3 * leaf(3, 4), 2 * leaf(1)
+    given = {"all": [x, y], "one too few": [y], "one too many": [x, y, idle]}[known]
+    at = closure.placed_above(torch.randn(3, 4, dtype=F64), given)
+    leaves = closure.outer_leaves(torch.tanh(at * w + x * y + w), at, given)
+    if known == "all":
+        assert [id(t) for t in leaves] == [id(w)]
+    else:
+        assert leaves is None
+
+
+def test_one_tensor_under_two_names():
+    x = 2 * leaf(3, 4)
+    pair = [x, {"again": x}]
+    z, _ = fixed_point(lambda z: 0.5 * z + pair[0] + pair[1]["again"], x.detach(), **TIGHT)
+    (g,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    torch.testing.assert_close(g, torch.full_like(x, 4.0), rtol=1e-9, atol=1e-11)
 
 
 def test_a_tensor_that_appears_twice_or_in_place_is_found_once():
