@@ -1,6 +1,7 @@
 // The extension module. Operators register themselves with the dispatcher when it is loaded; what
 // is bound here is information, on the build and on what a GPU engine supports, the affine cell's
-// solve with its gradient in one call, and the iterations of general maps.
+// solve with its gradient in one call, and for general maps their iterations and the leaves of an
+// evaluation.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,6 +20,7 @@
 #include "cpu/interrupt.h"
 #include "cuda/persistent_task.h"
 #include "iteration_module.h"
+#include "outer_leaves.h"
 
 namespace {
 
@@ -108,4 +110,5 @@ PYBIND11_MODULE(_C, m) {
         "Why the persistent CUDA engine cannot hold a solve; empty where it can.");
   fastdeq::bind_affine_node(m);
   fastdeq::bind_iteration(m);
+  fastdeq::bind_outer_leaves(m);
 }

@@ -9,11 +9,13 @@ from .errors import lists_options
 from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
 from .solution import OnFailure, Solution, handle_failure
 from .solve.checked_maps import with_the_code_of
+from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 
 
+@outside_graphs
 @lists_options("fixed_point")
 def fixed_point(
     f: Callable[[State], State],
@@ -73,8 +75,9 @@ def fixed_point(
         on_failure=on_failure,
     )
 
-    def report(solution: Solution) -> None:
-        handle_failure(solution, on_failure, "adjoint solve")
+    def report(solution: Solution | None) -> None:
+        if solution is not None:
+            handle_failure(solution, on_failure, "adjoint solve")
 
     specs = Specs(options, Structure())
     z, solution = solve_map(f, z0, specs, report, with_the_code_of(f), f)

@@ -16,6 +16,7 @@ from .options import AdjointName, BatchDim, Gradient, Options, Precision, Solver
 from .solution import OnFailure, Solution
 from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.checked_maps import CheckedMaps
+from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
 from .solve.record import Record
@@ -151,6 +152,10 @@ class DEQLayer(nn.Module):
             cell = self.cell
             if isinstance(cell, AffineCell) and cell.is_plain():
                 return self._solve_affine(cell, x, z0)
+        return self._solve_general(x, context, z0)
+
+    @outside_graphs
+    def _solve_general(self, x: Any, context: tuple[Any, ...], z0: Any) -> Any:
         finite = None
         start = self._start(x) if z0 is None else z0
         dims = samples_of(x, start, self.options.batch_dim)
@@ -159,6 +164,7 @@ class DEQLayer(nn.Module):
         elif z0 is not None and isinstance(x, Tensor) and self.options.batch_dim == 0:
             self._explain_start(z0, x)
         specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
+        self._record.forward = None  # the one before need not take memory meanwhile
         try:
             z, solution = solve_map(
                 lambda state: self.cell(state, x, *context),

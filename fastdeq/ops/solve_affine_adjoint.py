@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..constants import LEAST_SCALE
+from ..solution import may_look
 from ..solvers import SolveOptions
 from ..solvers.base import AffineMap
 from ..solvers.loop import solve
@@ -69,6 +70,13 @@ class UnitRows(NamedTuple):
     rows: Tensor
     norm: Tensor  # (B, 1)
     largest: Tensor  # (B, 1)
+
+    def factors(self) -> Tensor | None:
+        """``(B,)``: what the original rows were multiplied by; None unless these are finite numbers
+        above 0, as for rows that are finite and of no extreme size."""
+        factors = (1 / self.norm / self.largest)[:, 0]
+        usable = may_look(factors) and bool((factors.isfinite() & (factors > 0)).all())
+        return factors if usable else None
 
     def restore(self, rows: Tensor) -> Tensor:
         """Rows in the scale of the original ones; a step at a time, as the norm may overflow."""

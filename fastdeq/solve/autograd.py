@@ -2,9 +2,9 @@
 
 General map, ``z = f(z)`` with f closing over tensors theta. The implicit function theorem gives
 ``dL/dtheta = u^T df/dtheta`` with ``u = g + J^T u``, ``g = dL/dz*``, ``J = df/dz`` at z*. Theta is
-found by watching one evaluation of f, and ``FixedPoint`` takes it as input. The equation for u is a
-fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of every
-order follow from the one rule.
+found in the graph of one evaluation of f, and ``FixedPoint`` takes it as input. The equation for u
+is a fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of
+every order follow from the one rule.
 
 Affine cell, ``z = phi(W z + c)``: in ``q = D u`` the adjoint is ``q = D (g + q W)``, and
 ``dL/dc = q``, ``dL/dW = q^T z*``. ``LinearSolve`` solves it; its own gradient, for a cotangent h,
@@ -29,7 +29,7 @@ from ..activations import ACTIVATIONS
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
 from ..solution import Status
-from .closure import ClosureTracker, cut_above
+from .closure import cut_above, evaluate, placed_above, same_closure
 from .spec import Map, Report, SolveSpec, Specs, ignore
 
 
@@ -38,11 +38,13 @@ def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
 
 
 class FixedPoint(Function):
-    """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over.
+    """z*, a solution of ``z = f(z)`` as rows, as a function of theta, the tensors f closes over:
+    twice, the first for the caller, who may write to it; the second is z itself, and saved.
 
-    ``at`` is a leaf at z* and ``fz`` is f of it, where f was already evaluated under autograd. Then
+    ``at`` is a copy of z* and ``fz`` is f of it, where f was already evaluated under autograd. Then
     the first derivative goes out through the graph of fz, so that hooks on theta run once; a
-    gradient that is to be differentiated again goes to theta itself.
+    gradient that is to be differentiated again goes to theta itself. Every vector-Jacobian product
+    is one with respect to a state that lies above theta in the graph, where autograd stops.
     """
 
     @staticmethod
@@ -55,15 +57,19 @@ class FixedPoint(Function):
         fz: Tensor | None,
         z: Tensor,
         *theta: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.spec, ctx.report, ctx.f, ctx.at, ctx.fz = spec, report, f, at, fz
-        out = z.clone()
-        ctx.save_for_backward(out, *theta)
+        saved = z.view_as(z)
+        ctx.save_for_backward(saved, *theta)
         ctx.set_materialize_grads(False)
-        return out
+        return z.clone(), saved
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_saved is not None:
+            grad = grad_saved if grad is None else grad + grad_saved
         z, *theta = ctx.saved_tensors
         if grad is None:
             return (None,) * (6 + len(theta))
@@ -72,7 +78,7 @@ class FixedPoint(Function):
             u = _solve_adjoint(ctx.spec, ctx.report, ctx.fz, ctx.at, grad, None)
             return None, None, None, None, u, None, *[None] * len(theta)
         # A derivative of this gradient needs f as a function of z*, which depends on theta.
-        at = z if differentiable else z.detach().requires_grad_()
+        at = z if differentiable else placed_above(z, theta)
         with torch.enable_grad():
             fz = ctx.f(at)
         closed_over = theta if differentiable else None
@@ -95,23 +101,35 @@ def _solve_adjoint(
     theta: Sequence[Tensor] | None,
 ) -> Tensor:
     """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given."""
+    report(None)
+
+    def product(u: Tensor) -> Tensor | None:
+        if not fz.requires_grad:
+            return None
+        return torch.autograd.grad(
+            fz,
+            at,
+            u,
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )[0]  # None where the map does not depend on z
 
     unit = unit_rows(grad)
+    if theta is None and spec.is_compiled(grad) and (scale := unit.factors()) is not None:
+        norm, largest = unit.norm, unit.largest
+        del unit
+        with torch.no_grad():
+            solution = spec.iterate_affine(product, grad, scale)
+        value: Tensor = solution.value.mul_(norm).mul_(largest)
+        report(solution)
+        return value.clone()
+
     g = unit.rows
 
     def adjoint_map(u: Tensor) -> Tensor:
-        products: tuple[Tensor | None, ...] = (None,)
-        if fz.requires_grad:
-            products = torch.autograd.grad(
-                fz,
-                at,
-                u,
-                retain_graph=True,
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-        # A map that does not depend on z has J = 0.
-        return g.clone() if products[0] is None else g + products[0]
+        found = product(u)
+        return g.clone() if found is None else g + found
 
     with torch.no_grad():
         solution = spec.iterate(adjoint_map, expanded_zeros(g), lambda u: g)
@@ -120,36 +138,21 @@ def _solve_adjoint(
     if theta is None:
         return unit.restore(u)
     closed_over = [t for t in (g, at, *theta) if t.requires_grad]
-    attached: Tensor = FixedPoint.apply(spec, ignore, adjoint_map, None, None, u, *closed_over)
+    attached, _ = FixedPoint.apply(spec, ignore, adjoint_map, None, None, u, *closed_over)
     return unit.restore(attached)
 
 
 def attach(spec: SolveSpec, report: Report, f: Map, z: Tensor) -> Tensor:
-    """z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes over."""
-    at = z.detach().requires_grad_()
-    with torch.enable_grad(), ClosureTracker() as tracker:
-        fz = f(at)
+    """A copy of z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes
+    over."""
+    at, fz, theta = evaluate(f, z)
     if forward_ad.unpack_dual(fz).tangent is not None:
         raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
-    theta = [t for t in tracker.tensors if t is not at]
     if not theta:
-        return z.detach()
-    known = frozenset(map(id, theta))
-
-    def tracked(z: Tensor) -> Tensor:
-        with ClosureTracker() as again:
-            fz = f(z)
-        new = [t for t in again.tensors if t is not z and id(t) not in known]
-        if new:
-            raise RuntimeError(
-                f"the map used tensors of shapes {[tuple(t.shape) for t in new]} at the backward "
-                "pass that it did not use at the forward pass; it must be the same map at both."
-            )
-        return fz
-
-    return FixedPoint.apply(  # type: ignore[no-any-return]
-        spec, report, tracked, at, fz, z.detach(), *theta
-    )
+        return z.detach().clone()
+    arguments = (spec, report, same_closure(f, theta), at, fz, z.detach())
+    attached: Tensor = FixedPoint.apply(*arguments, *theta)[0]
+    return attached
 
 
 def one_step(f: Map, z: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..errors import BackendError
 from ..solution import Solution, may_look
 from . import autograd
 from .checked_maps import CheckedMaps
+from .eager import Eagerly
 from .iteration import is_compiled
 from .packing import ArgumentWrittenError, Packing
 from .spec import Report, Specs
@@ -72,7 +73,9 @@ def _solve(
     def first(point: Tensor) -> Tensor:
         # Under autograd: what the cell caches then (as in torch.nn.utils.parametrize.cached) keeps
         # its graph for the evaluation that is differentiated.
-        with torch.set_grad_enabled(differentiable):
+        if not differentiable:
+            return rows(point)
+        with torch.enable_grad(), Eagerly():
             return rows(point).detach()
 
     differentiable = torch.is_grad_enabled()
@@ -82,7 +85,8 @@ def _solve(
     if torch.is_grad_enabled():
         check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
         if check is not None:
-            check(rows)
+            with Eagerly():
+                check(rows)
         if specs.options.gradient == "implicit":
             again = autograd.rerun_autocast(rows, z.device.type)
             adjoint = replace(specs.adjoint, parts=packing.parts)
@@ -90,7 +94,7 @@ def _solve(
         else:
             attached = autograd.one_step(rows, z)
         if _none(solution.nonfinite):
-            z = attached.clone()
+            z = attached
         else:
             z = torch.where(solution.nonfinite.unsqueeze(1), z, attached)
     else:

@@ -33,14 +33,19 @@ def is_compiled(solver: Solver, backend: str, start: Tensor) -> bool:
 
 
 def iterate(
-    f: Callable[[Tensor], Tensor],
+    f: Callable[[Tensor], Tensor | None],
     start: Tensor,
     solver: Solver,
     options: SolveOptions,
     parts: Sequence[int] | None,
-    first: Callable[[Tensor], Tensor],
+    first: Callable[[Tensor], Tensor | None],
+    offset: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Solution:
     """``loop.solve`` of a solver that :func:`is_compiled`; ``first`` makes the first evaluation.
+
+    Where there is an ``offset`` ``(B, n)``, ``scale`` ``(B,)`` times it is added to each value. A
+    value None stands for zeros.
 
     ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
     keeps is left to it; it must not write there itself.
@@ -48,7 +53,7 @@ def iterate(
     module = extension.module
     assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
-    iteration = module.Iteration(start, options, sizes)
+    iteration = module.Iteration(start, options, sizes, offset, scale)
     value = first(iteration.point())  # nothing here holds a point
     while iteration.advance(value):
         del value  # a state that need not wait for the next one

@@ -33,10 +33,11 @@ class Record:
         solution: Solution | None = found
         return solution
 
-    def receive_adjoint(self, solution: Solution) -> None:
-        """Keeps the solution of an adjoint solve and applies the policy to it."""
+    def receive_adjoint(self, solution: Solution | None) -> None:
+        """Keeps the solution of an adjoint solve and applies the policy to it; None when the solve
+        begins: the one before need not take memory meanwhile."""
         self.adjoint = solution
-        if may_look(solution.status):
+        if solution is not None and may_look(solution.status):
             self.judge_adjoint()
 
     def judge_forward(self) -> None:

@@ -17,7 +17,7 @@ from ..backends.choose import Request, check_device, require_engine
 from ..backends.device import gpu_of
 from ..ops import anderson_mix
 from ..ops.pack_weight import reads_triangle
-from ..ops.solve_common import Outputs, working_dtype
+from ..ops.solve_common import Outputs, expanded_zeros, working_dtype
 from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
@@ -27,10 +27,11 @@ from .packed import PackedWeight
 from .trend import Traced
 
 Map = Callable[[Tensor], Tensor]
-Report = Callable[[Solution], None]
+#: Hears that an adjoint solve begins, by None, and its solution.
+Report = Callable[[Solution | None], None]
 
 
-def ignore(solution: Solution) -> None:
+def ignore(solution: Solution | None) -> None:
     """A report that nobody reads."""
 
 
@@ -131,7 +132,7 @@ class SolveSpec:
         if _has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
-        if is_compiled(self.solver, self.backend, start):
+        if self.is_compiled(start):
             return iterate(f, start, self.solver, self.options, self.parts, first)
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
@@ -150,6 +151,19 @@ class SolveSpec:
             start_value=first(start) if len(start) else None,
         )
         return replace(solution, solver=self.solver, trend=traced)
+
+    def is_compiled(self, start: Tensor) -> bool:
+        """Whether the compiled extension iterates from rows like ``start`` ``(B, n)``."""
+        return is_compiled(self.solver, self.backend, start)
+
+    def iterate_affine(
+        self, f: Callable[[Tensor], Tensor | None], offset: Tensor, scale: Tensor
+    ) -> Solution:
+        """Solves ``z = f(z) + scale offset`` for a linear f, which returns None for zeros, offset
+        ``(B, n)`` and scale ``(B,)``, from zeros, where it :meth:`is_compiled`."""
+        zeros = expanded_zeros(offset)
+        how = (self.solver, self.options, self.parts)
+        return iterate(f, zeros, *how, lambda z: None, offset, scale)
 
     def _shapes(self, rows: Tensor) -> Solution:
         count = rows.new_empty(len(rows), dtype=torch.int32)

@@ -1,0 +1,67 @@
+"""Tensors that a function holds: in its closure, its defaults, its modules."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_FEW, _MANY = 1000, 50_000  # objects to look at
+_CODE = (FunctionType, MethodType, functools.partial)
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+def held_tensors(f: Any, *, everywhere: bool = False) -> Iterator[Tensor]:
+    """Tensors with a ``grad_fn`` that are reached from the function ``f``: arguments in its closure
+    and its defaults, in containers of these and in functions that it holds.
+
+    With ``everywhere`` also what modules and other objects have as attributes, global variables
+    that are more than a tensor, and weights cached by ``torch.nn.utils.parametrize.cached``. A
+    function that holds very much is not searched to the end.
+    """
+    stack: list[Any] = [f]
+    if everywhere:
+        stack.append(getattr(parametrize, "_cache", None))
+    seen: set[int] = set()
+    for _ in range(_MANY if everywhere else _FEW):
+        if not stack:
+            return
+        item = stack.pop()
+        if type(item) in _PLAIN or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if item.grad_fn is not None:
+                yield item
+        elif isinstance(item, FunctionType):
+            _add_held(item, stack, everywhere)
+        elif isinstance(item, (list, tuple, set)):
+            stack += item
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, nn.Module) and not everywhere:  # a layer around a function
+            stack += [part for part in vars(item).values() if type(part) in _CODE]
+        elif isinstance(item, MethodType):
+            stack += (item.__func__, item.__self__)
+        elif isinstance(item, functools.partial):
+            stack += (item.func, item.args, item.keywords)
+        elif isinstance(item, (type, ModuleType)):
+            continue
+        elif everywhere or hasattr(item, "__dataclass_fields__"):
+            stack += getattr(item, "__dict__", {}).values()
+
+
+def _add_held(f: FunctionType, stack: list[Any], everywhere: bool) -> None:
+    for cell in f.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            stack.append(cell.cell_contents)
+    stack += (f.__defaults__, f.__kwdefaults__)
+    for name in f.__code__.co_names:
+        value = f.__globals__.get(name)
+        if value is not None and (everywhere or isinstance(value, Tensor)):
+            stack.append(value)
