@@ -35,25 +35,27 @@ def held_tensors(f: Any, *, everywhere: bool = False) -> Iterator[Tensor]:
         if type(item) in _PLAIN or id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
+        kind = type(item)  # isinstance would ask the object, which may stand for another
+        if issubclass(kind, Tensor):
             if item.grad_fn is not None:
                 yield item
-        elif isinstance(item, FunctionType):
+        elif issubclass(kind, FunctionType):
             _add_held(item, stack, everywhere)
-        elif isinstance(item, (list, tuple, set)):
+        elif issubclass(kind, (list, tuple, set)):
             stack += item
-        elif isinstance(item, dict):
+        elif issubclass(kind, dict):
             stack += item.values()
-        elif isinstance(item, nn.Module) and not everywhere:  # a layer around a function
+        elif issubclass(kind, nn.Module) and not everywhere:  # a layer around a function
             stack += [part for part in vars(item).values() if type(part) in _CODE]
-        elif isinstance(item, MethodType):
+        elif issubclass(kind, MethodType):
             stack += (item.__func__, item.__self__)
-        elif isinstance(item, functools.partial):
+        elif issubclass(kind, functools.partial):
             stack += (item.func, item.args, item.keywords)
-        elif isinstance(item, (type, ModuleType)):
+        elif issubclass(kind, (type, ModuleType)):
             continue
-        elif everywhere or hasattr(item, "__dataclass_fields__"):
-            stack += getattr(item, "__dict__", {}).values()
+        elif everywhere or hasattr(kind, "__dataclass_fields__"):
+            with contextlib.suppress(Exception):  # of a proxy that stands for nothing now
+                stack += list(vars(item).values())
 
 
 def _add_held(f: FunctionType, stack: list[Any], everywhere: bool) -> None:

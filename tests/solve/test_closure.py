@@ -64,7 +64,9 @@ class Counted(torch.nn.Module):
 
 
 def evaluations(layer, *args):
-    """In all, and those of the solve, which makes one for each iterate and one that verifies."""
+    """In all, and those of the solve, which makes one for each iterate and one that verifies. Not
+    of the first call, which looks at the samples' independence."""
+    layer(*args)
     layer.cell.count = 0
     layer(*args).sum().backward()
     return layer.cell.count, int(layer.last_solution.iterations.max()) + 1
