@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "cpu/engine.h"
+#include "cpu/iteration_history.h"
 #include "cpu/iteration_judge.h"
 #include "cpu/threads.h"
 
@@ -41,6 +42,7 @@ class IterationOf : public Iteration {
   IterationOf(const at::Tensor& start, const SolveOptions& options,
               const std::vector<int64_t>& parts, const at::Tensor& offset, const at::Tensor& scale)
       : judge_(options, start.size(0), parts.size()),
+        history_(options.window, start.size(0), start.size(1)),
         batch_(start.size(0)),
         size_(start.size(1)),
         point_(start.clone(at::MemoryFormat::Contiguous)),
@@ -52,7 +54,7 @@ class IterationOf : public Iteration {
       scale_ = scale.to(start.scalar_type()).contiguous();
     }
     for (int64_t b = 0; b < batch_; ++b) {  // a row that is not finite starts from zero
-      T* const from = row(point_, b);
+      T* const from = data(point_) + b * size_;
       bool finite = true;
       for (int64_t j = 0; j < size_; ++j) finite &= bool(std::isfinite(from[j]));
       if (!finite) std::fill_n(from, size_, T(0));
@@ -77,9 +79,15 @@ class IterationOf : public Iteration {
                   point_.sizes(), " on the CPU, got ", given.sizes());
       value = given.to(point_.scalar_type()).contiguous();
     }
-    value_ = value.defined() ? value.const_data_ptr<T>() : nullptr;
     // What others hold, the value for one if it is a view of the point, is left to them.
     next_ = point_.storage().use_count() > 1 ? at::empty_like(point_) : point_;
+    rows_ = {value.defined() ? value.const_data_ptr<T>() : nullptr,
+             data_or_null(offset_),
+             data_or_null(scale_),
+             data(point_),
+             data(next_),
+             data(best_),
+             data_or_null(last_)};
     make_entries();
     const int64_t numbers = std::max<int64_t>(1, size_ * (4 + 2 * most_ages_));
     Sharing& sharing = sharing_of(Shared::kIteration, double(batch_ * numbers));
@@ -127,26 +135,25 @@ class IterationOf : public Iteration {
 
  private:
   static T* data(const at::Tensor& t) { return t.mutable_data_ptr<T>(); }
-  T* row(const at::Tensor& t, int64_t b) const {
-    return t.defined() ? data(t) + b * size_ : nullptr;
-  }
+  // Of the tensors, of which each access costs as much as a short row.
+  struct Rows {
+    const T *value = nullptr, *offset = nullptr, *scale = nullptr;
+    T *point = nullptr, *next = nullptr, *best = nullptr, *last = nullptr;
+  };
+  static T* data_or_null(const at::Tensor& t) { return t.defined() ? data(t) : nullptr; }
   IteratedSample& sample(int64_t b) { return judge_.samples[size_t(b)]; }
 
   // Room in the history for what this evaluation may bring.
   void make_entries() {
     most_ages_ = 0;
-    const int64_t window = judge_.options.window;
-    if (window == 0) return;
+    if (judge_.options.window == 0) return;
     int64_t needed = 0;
     for (const IteratedSample& s : judge_.samples) {
       if (s.ended) continue;
-      needed = std::max(needed, std::min(s.entered + 1, window));
+      needed = std::max(needed, s.entered + 1);
       most_ages_ = std::max(most_ages_, judge_.ages(s));
     }
-    while (int64_t(f_history_.size()) < needed) {
-      f_history_.push_back(at::empty_like(point_));
-      g_history_.push_back(at::empty_like(point_));
-    }
+    history_.reserve(needed, point_.options());
   }
 
   // What a thread needs to work with.
@@ -201,25 +208,21 @@ class IterationOf : public Iteration {
     for (int64_t b = 0; b < batch_; ++b) end_step(b);
   }
 
-  // The place of an evaluation in the history, a ring of `window` entries.
-  size_t place_of(int64_t evaluation) const { return size_t(evaluation % judge_.options.window); }
-
   // The evaluation of sample b, with so many of those before it.
   RowEvaluation<T> evaluation(int64_t b, int64_t ages, Scratch& scratch) const {
     RowEvaluation<T> e;
-    if (value_ != nullptr) e.value = value_ + b * size_;
-    if (offset_.defined()) {
-      e.offset = offset_.const_data_ptr<T>() + b * size_;
-      e.scale = scale_.const_data_ptr<T>()[b];
+    if (rows_.value != nullptr) e.value = rows_.value + b * size_;
+    if (rows_.offset != nullptr) {
+      e.offset = rows_.offset + b * size_;
+      e.scale = rows_.scale[b];
     }
-    e.point = row(point_, b);
+    e.point = rows_.point + b * size_;
     e.ages = ages;
     const T** const old = scratch.old.data();
     const int64_t entered = judge_.samples[size_t(b)].entered;
     for (int64_t age = 0; age < ages; ++age) {
-      const size_t place = place_of(entered - 1 - age);
-      old[age] = row(f_history_[place], b);
-      old[ages + age] = row(g_history_[place], b);
+      old[age] = history_.value(b, entered - 1 - age);
+      old[ages + age] = history_.residual(b, entered - 1 - age);
     }
     e.old_f = old;
     e.old_g = old + ages;
@@ -241,20 +244,21 @@ class IterationOf : public Iteration {
       const int64_t ages = d.step == Step::kTakeBack ? 1 : mixes ? d.count : 0;
       RowStep<T> how;
       how.step = d.stop ? Step::kPlain : d.step;
-      how.best = is_best ? row(best_, b) : nullptr;
-      how.next = d.stop ? nullptr : row(next_, b);
-      how.last = row(last_, b);
+      how.best = is_best ? rows_.best + b * size_ : nullptr;
+      how.next = d.stop ? nullptr : rows_.next + b * size_;
+      how.last = rows_.last == nullptr ? nullptr : rows_.last + b * size_;
       how.damping = T(judge_.options.damping);
       how.omega = d.omega;
       how.gamma = judge_.gamma_of(b);
       if (s.enters() && !d.stop) {
-        how.f = row(f_history_[place_of(s.entered)], b);
-        how.g = row(g_history_[place_of(s.entered)], b);
+        how.f = history_.value(b, s.entered);
+        how.g = history_.residual(b, s.entered);
       }
       rows_engine<T>().take_step(evaluation(b, ages, scratch), how, begin, end);
     }
-    if (s.ended && !next_.is_same(point_)) {  // it keeps its point
-      std::copy(row(point_, b) + begin, row(point_, b) + end, row(next_, b) + begin);
+    if (s.ended && rows_.next != rows_.point) {  // it keeps its point
+      const T* const from = rows_.point + b * size_;
+      std::copy(from + begin, from + end, rows_.next + b * size_ + begin);
     }
   }
 
@@ -265,11 +269,11 @@ class IterationOf : public Iteration {
   }
 
   Judge<T> judge_;
+  History<T> history_;
   const int64_t batch_, size_;
   std::vector<Range> whole_, ranges_;
   at::Tensor point_, best_, last_, next_, offset_, scale_;
-  std::vector<at::Tensor> f_history_, g_history_;  // (B, n) for each entry
-  const T* value_ = nullptr;
+  Rows rows_;
   int64_t evaluations_ = 0, most_ages_ = 0;
 };
 
