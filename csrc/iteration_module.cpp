@@ -42,6 +42,7 @@ SolveOptions options_of(const py::object& given) {
   o.radius = number("radius");
   if (o.solver == Solver::kAnderson) {
     o.window = std::min(count_of(given, "window"), o.updates());  // more are never used
+    o.first_window = count_of(given, "first_window");
   }
   o.regularization = number("regularization");
   o.rank_tolerance = number("rank_tolerance");

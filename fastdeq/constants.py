@@ -34,6 +34,11 @@ STILL_FALLING = 0.9
 # left.
 ROUNDING_FLOOR = 16.0
 
+# A history that grows (Anderson's first_window) has one difference more after every GROW_EVERY
+# updates beyond GROW_AFTER: who has not converged by then has a hard problem.
+GROW_AFTER = 12
+GROW_EVERY = 3
+
 # Adjoint solves: D g is divided by no less than this part of the largest entry of g.
 LEAST_SCALE = 1e-30
 

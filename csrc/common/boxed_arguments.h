@@ -107,6 +107,7 @@ inline SolveOptions read_options(BoxedArguments& arguments) {
     TORCH_CHECK(o.window <= kLargestWindow, "window is ", o.window,
                 " and must be <= ", kLargestWindow);
     o.window = std::min(o.window, o.updates());  // more are never used
+    o.first_window = arguments.count("first_window", 0);
   }
   o.regularization = arguments.number("regularization");
   o.rank_tolerance = arguments.number("rank_tolerance");

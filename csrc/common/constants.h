@@ -17,6 +17,8 @@ constexpr int kPatienceGmres = 3;
 constexpr int kPatienceLimit = 100;
 constexpr double kStillFalling = 0.9;
 constexpr double kRoundingFloor = 16.0;
+constexpr int kGrowAfter = 12;
+constexpr int kGrowEvery = 3;
 constexpr double kLeastScale = 1e-30;
 constexpr double kFirstRadius = 0.5;
 constexpr double kLargestRadius = 0.98;
@@ -67,6 +69,8 @@ constexpr NamedConstant kConstants[] = {
     {"PATIENCE_LIMIT", kPatienceLimit},
     {"STILL_FALLING", kStillFalling},
     {"ROUNDING_FLOOR", kRoundingFloor},
+    {"GROW_AFTER", kGrowAfter},
+    {"GROW_EVERY", kGrowEvery},
     {"LEAST_SCALE", kLeastScale},
     {"FIRST_RADIUS", kFirstRadius},
     {"LARGEST_RADIUS", kLargestRadius},

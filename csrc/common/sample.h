@@ -140,6 +140,14 @@ FASTDEQ_HOST_DEVICE inline bool learn(Sample& s, bool shows_rate) {
   return s.steps_since_halved >= kHalveWithin;
 }
 
+// Differences that the next evaluation may use.
+FASTDEQ_HOST_DEVICE inline int32_t most_differences(const Sample& s, const SolveOptions& o) {
+  if (o.first_window == 0) return o.window;
+  const int32_t beyond = s.iterations > kGrowAfter ? (s.iterations - kGrowAfter) / kGrowEvery : 0;
+  const int32_t most = o.first_window + beyond;
+  return most < o.window ? most : o.window;
+}
+
 // Anderson's step: taken back, mixed, or impossible (false).
 FASTDEQ_HOST_DEVICE inline bool accelerate(Sample& s, const SolveOptions& o, Decision& d) {
   // NaN compares false: "not (norm <= limit)" takes a step back that is not finite as well.
@@ -157,8 +165,9 @@ FASTDEQ_HOST_DEVICE inline bool accelerate(Sample& s, const SolveOptions& o, Dec
   s.trusted_norm = s.norm;
   // Unless `take_in` hears that the weights were rejected.
   s.accelerated = !s.refills && s.count > 0;
-  s.count = s.count < o.window ? s.count + 1 : o.window;
-  s.refills = s.refills && s.count < o.window;
+  const int32_t most = most_differences(s, o);
+  s.count = s.count < most ? s.count + 1 : most;
+  s.refills = s.refills && s.count < most;
   return true;
 }
 

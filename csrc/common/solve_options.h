@@ -45,6 +45,7 @@ struct SolveOptions {
   double radius = kFirstRadius;
   int32_t most_directions = 0;
   int32_t window = 0;
+  int32_t first_window = 0;
   double regularization = 0;
   double rank_tolerance = 0;
   double max_weight = 0;

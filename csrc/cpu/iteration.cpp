@@ -148,9 +148,11 @@ class IterationOf : public Iteration {
     most_ages_ = 0;
     if (judge_.options.window == 0) return;
     int64_t needed = 0;
-    for (const IteratedSample& s : judge_.samples) {
+    for (int64_t b = 0; b < batch_; ++b) {
+      const IteratedSample& s = sample(b);
       if (s.ended) continue;
-      needed = std::max(needed, s.entered + 1);
+      const int32_t most = most_differences(s, judge_.options);
+      needed = std::max<int64_t>({needed, history_.held(b), std::min(s.count + 1, most)});
       most_ages_ = std::max(most_ages_, judge_.ages(s));
     }
     history_.reserve(needed, point_.options());
@@ -219,10 +221,9 @@ class IterationOf : public Iteration {
     e.point = rows_.point + b * size_;
     e.ages = ages;
     const T** const old = scratch.old.data();
-    const int64_t entered = judge_.samples[size_t(b)].entered;
     for (int64_t age = 0; age < ages; ++age) {
-      old[age] = history_.value(b, entered - 1 - age);
-      old[ages + age] = history_.residual(b, entered - 1 - age);
+      old[age] = history_.value(b, age + 1);
+      old[ages + age] = history_.residual(b, age + 1);
     }
     e.old_f = old;
     e.old_g = old + ages;
@@ -251,8 +252,8 @@ class IterationOf : public Iteration {
       how.omega = d.omega;
       how.gamma = judge_.gamma_of(b);
       if (s.enters() && !d.stop) {
-        how.f = history_.value(b, s.entered);
-        how.g = history_.residual(b, s.entered);
+        how.f = history_.next_value(b, s.count);
+        how.g = history_.next_residual(b, s.count);
       }
       rows_engine<T>().take_step(evaluation(b, ages, scratch), how, begin, end);
     }
@@ -264,7 +265,10 @@ class IterationOf : public Iteration {
 
   void end_step(int64_t b) {
     IteratedSample& s = sample(b);
-    s.entered += s.enters();
+    if (s.enters() && !s.ended) {
+      history_.enter(b, s.count);
+      ++s.entered;
+    }
     s.decision = {};
   }
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..constants import PATIENCE
+from ..constants import GROW_AFTER, GROW_EVERY, PATIENCE
 from .base import CheckedOptions, Problem, Step, check_integer, check_range
 
 
@@ -35,6 +35,7 @@ class _State:
     gram: Tensor  # (B, m, m) float64
     count: Tensor  # (B,) int32: valid entries before the newest
     slot: int
+    steps: int
     trusted_value: Tensor  # (B, n): f at the last point that was not taken back
     trusted_norm: Tensor  # (B,): its residual norm
     accelerated: Tensor  # (B,) bool: the current point came from a mixing step
@@ -61,6 +62,9 @@ class Anderson(CheckedOptions):
         accelerate_above: a sample takes plain steps, and keeps no history, for as long as each
             reduces its residual norm to this fraction of the one before or less, in [0, 1]; after
             the first that does not it is accelerated to the end. 0: accelerated at once.
+        first_window: past differences used in the first 12 updates; then one more every third
+            update, up to ``window``: easy problems pay for a short history and hard ones get a long
+            one. 0: ``window`` from the start.
     """
 
     window: int = 5
@@ -70,6 +74,7 @@ class Anderson(CheckedOptions):
     max_weight: float = 1e8
     safeguard: float = 2.0
     accelerate_above: float = 0.0
+    first_window: int = 0
 
     name: ClassVar[str] = "anderson"
     linear: ClassVar[bool] = False
@@ -81,6 +86,8 @@ class Anderson(CheckedOptions):
         inf = float("inf")
         window = check_integer("Anderson", "window", self.window, 1, 1000)
         object.__setattr__(self, "window", window)
+        first = check_integer("Anderson", "first_window", self.first_window, 0, 1000)
+        object.__setattr__(self, "first_window", first)
         check_range("Anderson", "damping", self.damping, 1e-12, 1.0, "in (0, 1]")
         check_range("Anderson", "regularization", self.regularization, 0.0, inf, ">= 0")
         check_range("Anderson", "rank_tolerance", self.rank_tolerance, 0.0, inf, ">= 0")
@@ -99,6 +106,7 @@ class Anderson(CheckedOptions):
             gram=point.new_zeros(batch, slots, slots, dtype=torch.float64),
             count=zeros.clone(),
             slot=0,
+            steps=0,
             trusted_value=point,
             trusted_norm=point.new_full((batch,), torch.inf),
             accelerated=zeros.bool(),
@@ -149,10 +157,18 @@ class Anderson(CheckedOptions):
         state.accelerated = ~held & ~rejected & (state.count > 0)
         # The history restarts after a step taken back; its newest entry is not counted either.
         forget = back | state.plain
-        state.count = torch.where(forget, 0, (state.count + 1).clamp(max=self.window))
-        state.refills = held & (state.count < self.window)
+        most = self._most_differences(state.steps)
+        state.count = torch.where(forget, 0, (state.count + 1).clamp(max=most))
+        state.refills = held & (state.count < most)
+        state.steps += 1
         state.slot = (state.slot + 1) % (self.window + 1)
         return Step(following, None, ~finite & ~back)
+
+    def _most_differences(self, steps: int) -> int:
+        """Those that the evaluation after so many steps may use."""
+        if self.first_window == 0:
+            return self.window
+        return min(self.window, self.first_window + max(0, steps - GROW_AFTER) // GROW_EVERY)
 
     def counters(self, state: _State) -> tuple[Tensor, ...]:
         return state.safeguard, state.weight_cap, state.rank_cut

@@ -51,14 +51,14 @@ FORWARD_ORDER: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
     (_contracts, Picard()),
     (_symmetric, Anderson(accelerate_above=0.7)),
     (_affine, Anderson(accelerate_above=0.9)),
-    (_any, Anderson(safeguard=100.0)),
+    (_any, Anderson(window=10, first_window=2, accelerate_above=0.4, safeguard=100.0)),
 )
 ADJOINT_ORDER: tuple[tuple[Callable[[Structure], bool], Solver], ...] = (
     (_energetic, MINRES(momentum=True)),
     (_contracts, Neumann()),
     (_symmetric, Anderson(window=10, accelerate_above=0.7)),
     (_affine, Anderson(window=10, accelerate_above=0.9)),
-    (_any, Anderson(window=10)),
+    (_any, Anderson(window=10, first_window=2, accelerate_above=0.4)),
 )
 
 

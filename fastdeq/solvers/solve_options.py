@@ -36,6 +36,7 @@ class SolveOptions:
     radius: float = FIRST_RADIUS
     most_directions: int = 0
     window: int = 0
+    first_window: int = 0
     regularization: float = 0.0
     rank_tolerance: float = 0.0
     max_weight: float = 0.0

@@ -26,6 +26,8 @@ SOLVERS = (
     Anderson(window=1),
     Anderson(window=140),  # above every size and every number of iterations
     Anderson(accelerate_above=0.5),
+    Anderson(window=10, first_window=2),
+    Anderson(window=4, first_window=1, accelerate_above=0.3),
     Anderson(accelerate_above=0.5, damping=0.7, window=3),
     Anderson(regularization=1e-6, rank_tolerance=1e-4, max_weight=2.0, safeguard=1.0),
 )

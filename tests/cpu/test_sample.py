@@ -124,6 +124,7 @@ SOLVERS = (
     Anderson(),
     Anderson(window=2, safeguard=1.0, max_weight=1.5),
     Anderson(accelerate_above=0.6, rank_tolerance=1e-3),
+    Anderson(window=9, first_window=2),
 )
 
 

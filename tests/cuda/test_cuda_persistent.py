@@ -31,6 +31,7 @@ SOLVERS = (
     Anderson(window=8),
     Anderson(window=40),  # above every number of iterations
     Anderson(accelerate_above=0.5),
+    Anderson(window=6, first_window=1),
     Anderson(accelerate_above=0.5, damping=0.7, window=3),
     Anderson(regularization=1e-6, rank_tolerance=1e-4, max_weight=2.0, safeguard=1.0),
 )

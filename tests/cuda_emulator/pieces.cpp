@@ -35,10 +35,10 @@ int options_bytes() { return int(sizeof(SolveOptions)); }
 void echo_options(const SolveOptions* options, double* fields) {
   const SolveOptions& o = *options;
   for (const double field :
-       {double(o.solver), o.tol, double(o.max_iter), double(o.patience), o.atol, double(o.precision),
-        o.damping, double(o.fixed_iterations), double(o.momentum), o.radius,
-        double(o.most_directions), double(o.window), o.regularization, o.rank_tolerance,
-        o.max_weight, o.safeguard, o.accelerate_above}) {
+       {double(o.solver), o.tol, double(o.max_iter), double(o.patience), o.atol,
+        double(o.precision), o.damping, double(o.fixed_iterations), double(o.momentum), o.radius,
+        double(o.most_directions), double(o.window), double(o.first_window), o.regularization,
+        o.rank_tolerance, o.max_weight, o.safeguard, o.accelerate_above}) {
     *fields++ = field;
   }
 }
@@ -58,9 +58,8 @@ int judge_evaluations(const SolveOptions* options, int lowest, int count, const 
   for (int i = 0; i < count; ++i) {
     const Decision d = judge_one(s, o, norm[i], size[i], low[i] != 0, used);
     if (d.step == Step::kMix) take_in(s, {dropped[i], rejected[i] != 0});
-    records[i] = {int(d.step),        d.improved,     d.stop, int(d.status), int(schedule.next),
-                  d.count,            s.iterations,   s.idle, {},            d.omega,
-                  s.best_residual};
+    records[i] = {int(d.step),  d.improved, d.stop, int(d.status), int(schedule.next), d.count,
+                  s.iterations, s.idle,     {},     d.omega,       s.best_residual};
     for (int j = 0; j < 3; ++j) records[i].rejects[j] = s.rejects[j];
     if (d.stop) return i + 1;
   }
