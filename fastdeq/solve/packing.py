@@ -89,7 +89,8 @@ class Packing:
             and state.dtype == self.dtype
             and state.device == self.device
         ):
-            return state
+            # The map may return a tensor that it holds, and what is differentiated is of its own.
+            return state.view_as(state) if torch.is_grad_enabled() else state
         parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
         if not all(isinstance(p, Tensor) for p in parts):
             kinds = ", ".join(type(p).__name__ for p in parts)

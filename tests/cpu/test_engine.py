@@ -164,7 +164,7 @@ def test_overflow_ends_nonfinite_with_the_best_finite_iterate(solver):
     for outputs in (actual, expected):
         assert outputs.value.isfinite().all()
         assert outputs.residual.isfinite().all()
-        assert (outputs.status >= Status.STAGNATED).all()
+        assert (outputs.status != Status.CONVERGED).all()
     if isinstance(solver, Picard):  # rounding decides where a step is taken back from infinity to
         assert torch.equal(actual.status, expected.status)
         torch.testing.assert_close(actual.residual, expected.residual)
