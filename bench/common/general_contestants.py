@@ -225,12 +225,15 @@ class Bare(GeneralContestant):
 
 
 def count(build: Callable[..., GeneralContestant], problem: GeneralProblem, mode: str) -> Counts:
-    """What a contestant does in ``mode``; ``build`` takes the cell."""
+    """What a contestant does in ``mode``, but for a first call, in which fastdeq looks whether
+    samples are independent; ``build`` takes the cell."""
     cell = Counted(problem.cell)
     contestant = build(cell)
     if mode == "forward":
         contestant.infer()
         return cell.counts
+    contestant.attached()
+    cell.counts = Counts()
     state = contestant.attached()
     if mode == "backward":
         cell.counts = Counts()
