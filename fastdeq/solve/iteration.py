@@ -54,10 +54,10 @@ def iterate(
     assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
     iteration = module.Iteration(start, options, sizes, offset, scale)
-    value = first(iteration.point())  # nothing here holds a point
+    value = _resolved(first(iteration.point()))  # nothing here holds a point
     while iteration.advance(value):
         del value  # a state that need not wait for the next one
-        value = f(iteration.point())
+        value = _resolved(f(iteration.point()))
     best, status, iterations, residual, rejects, rate, middle, end = iteration.result()
     plain = options.window == 0 and solver.name != "heavy_ball"
     damping = options.damping
@@ -71,3 +71,8 @@ def iterate(
         observed_contraction=(rate - (1 - damping)) / damping if plain else None,
         trend=Trend(middle, end) if options.window else None,
     )
+
+
+def _resolved(value: Tensor | None) -> Tensor | None:
+    """The numbers of a value whose negation was put off, as that of ``conj().imag`` is."""
+    return value.resolve_neg() if value is not None and value.is_neg() else value

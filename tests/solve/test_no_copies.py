@@ -122,6 +122,24 @@ def test_a_hook_may_keep_what_a_cell_saw(solver):
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_values_and_products_may_have_a_pending_negation(backend):
+    """As the imaginary part of a conjugate has."""
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def cell(z, x):
+        return torch.complex(x, -0.3 * torch.tanh(z) - x).conj().imag
+
+    z = DEQLayer(cell, tol=1e-10, backend=backend)(x)
+    (gradient,) = torch.autograd.grad(z.sum(), x)
+    expected = torch.zeros_like(x)
+    for _ in range(60):
+        expected = 0.3 * torch.tanh(expected) + x
+    (right,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(gradient, right, rtol=0, atol=1e-8)
+
+
 def test_results_are_the_callers_own():
     """Neither the start, nor the layer's record, nor the cell's tensors share memory with z."""
     same = torch.zeros(3, 4)
