@@ -78,7 +78,7 @@ std::unique_ptr<Iteration> make(py::handle start, const py::object& options,
                          to_tensor(offset), to_tensor(scale));
 }
 
-bool advance(Iteration& iteration, py::handle value) {
+int64_t advance(Iteration& iteration, py::handle value) {
   const at::Tensor t = to_tensor(value);
   TORCH_CHECK(!t.defined() || is_plain(t),
               "the map returned other than a dense tensor for a state that is one");
@@ -111,7 +111,9 @@ void bind_iteration(py::module_& m) {
                   "Whether there are iterations for rows like these.")
       .def("point", &point, "Where to evaluate the map, (B, n).")
       .def("advance", &advance, py::arg("value"),
-           "Takes the map's value there, (B, n), None for zeros; False when the solve has ended.")
+           "Takes the map's value there, (B, n), None for zeros; how many samples go on.")
+      .def("running", [](const Iteration& iteration) { return to_python(iteration.running()); },
+           "Which samples go on, int64.")
       .def("result", &result,
            "value, status, iterations, residual, rejects, rate, middle, end: per sample.");
 }

@@ -8,9 +8,10 @@ from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
 from .errors import BackendError, CoupledSamplesError, ExtensionWarning
+from .failure import ConvergenceError, ConvergenceWarning
 from .functional import fixed_point
 from .layer import DEQLayer
-from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
+from .solution import Solution, Status
 from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 

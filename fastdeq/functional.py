@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from .backends.choose import Backend
 from .errors import lists_options
+from .failure import OnFailure, handle_failure
 from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
-from .solution import OnFailure, Solution, handle_failure
+from .solution import Solution
 from .solve.checked_maps import with_the_code_of
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
+from .solve.record import OnSolution, check_watching
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 
@@ -35,6 +37,7 @@ def fixed_point(
     precision: Precision = "auto",
     backend: Backend = "auto",
     on_failure: OnFailure = "warn",
+    on_solution: OnSolution | None = None,
 ) -> tuple[State, Solution]:
     """Solves ``z = f(z)`` for each sample, differentiable in everything that f closes over.
 
@@ -77,9 +80,14 @@ def fixed_point(
 
     def report(solution: Solution | None) -> None:
         if solution is not None:
+            if on_solution is not None:
+                on_solution("adjoint", solution)
             handle_failure(solution, on_failure, "adjoint solve")
 
+    check_watching(0, on_solution)
     specs = Specs(options, Structure())
     z, solution = solve_map(f, z0, specs, report, with_the_code_of(f), f)
+    if on_solution is not None:
+        on_solution("forward", solution)
     handle_failure(solution, on_failure, "fixed_point")
     return z, solution

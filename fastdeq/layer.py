@@ -11,19 +11,20 @@ from torch import Tensor, nn
 from .backends.choose import Backend
 from .cells import AffineCell
 from .errors import explain_call, lists_options
-from .ops.solve_common import expanded_zeros
-from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
-from .solution import OnFailure, Solution
+from .failure import OnFailure
+from .options import AdjointName, BatchDim, Compact, Gradient, Options, Precision, SolverName, State
+from .solution import Solution
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.cell_map import CellMap
 from .solve.checked_maps import CheckedMaps
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
-from .solve.record import Record
+from .solve.paths import why_general
+from .solve.record import OnSolution, Record, check_watching, new_record
 from .solve.spec import Specs
-from .solve.start import EXPLAINED, other_shapes, unlike_input
+from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
 from .solvers import Solver, Structure
-from .solvers.picard import CERTIFIED
 
 
 class DEQLayer(nn.Module):
@@ -43,6 +44,12 @@ class DEQLayer(nn.Module):
             int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
             all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
             training mode). Negative ones count from the back. An :class:`AffineCell` has 0.
+        compact: whether a general cell is evaluated only for the samples that are not finished,
+            whenever these are half of those evaluated so far or fewer. Arguments of the cell whose
+            size is that of the batch in dimension ``batch_dim`` count samples; a tuple says it for
+            each, x first: ``(0, None)`` where the second is shared. Before it is relied on, the
+            value for a part is compared with that part of the value for all; where they differ a
+            warning says so, once, and all samples are evaluated. Fused solves always do so.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.
@@ -56,12 +63,17 @@ class DEQLayer(nn.Module):
         precision: of the products inside the solve of a float32 :class:`AffineCell`. "auto": early
             iterations with 8-bit and bfloat16 products where the processor has them and they are
             faster, on a GPU bfloat16 ones from 512 features on; "float32": none; "mixed": at any
-            size, or an error. Every reported residual, and every iterate returned, is verified by a
-            float32 product.
+            size, or an error. A general cell with "mixed" is evaluated under autocast in bfloat16
+            until its residuals reach 2**-6, in the forward solve. Every reported residual, and
+            every iterate returned, is verified in float32.
         backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one implementation of
             the fused operations.
         on_failure: when samples do not converge: "warn" (once per layer for each direction),
             "raise" (``ConvergenceError``) or "ignore". Not looked at inside ``torch.compile``.
+        keep_solutions: how many solutions of each direction :attr:`solutions` remembers, for layers
+            that are called many times in a step.
+        on_solution: a function of "forward" or "adjoint" and a :class:`Solution`, called after each
+            solve, before ``on_failure``; not inside ``torch.compile``.
 
     Attributes:
         last_solution, last_adjoint_solution: the :class:`Solution` of the latest forward and
@@ -95,6 +107,7 @@ class DEQLayer(nn.Module):
         adjoint: AdjointName | Solver = "auto",
         gradient: Gradient = "implicit",
         batch_dim: BatchDim = 0,
+        compact: Compact = False,
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         atol: float = 0.0,
@@ -105,6 +118,8 @@ class DEQLayer(nn.Module):
         precision: Precision = "auto",
         backend: Backend = "auto",
         on_failure: OnFailure = "warn",
+        keep_solutions: int = 0,
+        on_solution: OnSolution | None = None,
     ):
         super().__init__()
         if not callable(cell) or isinstance(cell, type):
@@ -115,6 +130,7 @@ class DEQLayer(nn.Module):
             adjoint=adjoint,
             gradient=gradient,
             batch_dim=batch_dim,
+            compact=compact,
             tol=tol,
             adjoint_tol=adjoint_tol,
             atol=atol,
@@ -126,7 +142,8 @@ class DEQLayer(nn.Module):
             backend=backend,
             on_failure=on_failure,
         )
-        self._record = Record()
+        self.keep_solutions, self.on_solution = check_watching(keep_solutions, on_solution)
+        self._record = new_record(self.keep_solutions, self.on_solution)
         self._checked = CheckedMaps()
 
     def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
@@ -143,11 +160,8 @@ class DEQLayer(nn.Module):
                 ``cell.initial_state(x)`` where that exists, else zeros: ``(B, features)`` or, for
                 a general cell, shaped like x.
         """
-        if z0 is not None and getattr(self.options.solver, "fixed_iterations", 0) == CERTIFIED:
-            raise ValueError(
-                'fixed_iterations="certified" counts from a start at zero; leave out z0, or give '
-                "the number of iterations."
-            )
+        if z0 is not None:
+            check_start(self.options.solver)
         if not context and self.options.registered:
             cell = self.cell
             if isinstance(cell, AffineCell) and cell.is_plain():
@@ -157,31 +171,35 @@ class DEQLayer(nn.Module):
     @outside_graphs
     def _solve_general(self, x: Any, context: tuple[Any, ...], z0: Any) -> Any:
         finite = None
-        start = self._start(x) if z0 is None else z0
-        dims = samples_of(x, start, self.options.batch_dim)
+        cell, batch_dim = self.cell, self.options.batch_dim
+        start = start_for(cell, x) if z0 is None else z0
+        dims = samples_of(x, start, batch_dim)
         if dims is not None:
             x, finite = finite_samples(x, dims)
-        elif z0 is not None and isinstance(x, Tensor) and self.options.batch_dim == 0:
-            self._explain_start(z0, x)
+        elif z0 is not None and isinstance(x, Tensor) and batch_dim == 0:
+            explain_start(cell, z0, x, batch_dim)
         specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
         self._record.forward = None  # the one before need not take memory meanwhile
         try:
             z, solution = solve_map(
-                lambda state: self.cell(state, x, *context),
+                CellMap(cell, (x, *context)),
                 start,
                 specs,
                 report,
                 self._checked,
-                self._original_cell[0] if self._original_cell else self.cell,
+                self._original_cell[0] if self._original_cell else cell,
             )
         except EXPLAINED as error:
             if isinstance(error, TypeError):
-                explain_call(self.cell, context, error)
+                explain_call(cell, context, error)
             if z0 is not None and type(error) in EXPLAINED:
-                self._explain_start(z0, x, error)
+                explain_start(cell, z0, x, batch_dim, error)
             raise
         if finite is not None and dims is not None:
             z, solution = mark_nonfinite(z, solution, ~finite, dims)
+        why = why_general(cell, context, self.options.registered, specs)
+        if why:
+            solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")
         self._record.forward = solution
         self._record.judge_forward()
         return z
@@ -194,26 +212,10 @@ class DEQLayer(nn.Module):
         def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
         def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
 
-    def _explain_start(self, z0: Any, x: Any, error: Exception | None = None) -> None:
-        """Raises ValueError where z0 has other shapes than the cell's own start for x, or where
-        there is no such start, ``error`` was raised, and z0 and x do not go together."""
-        wrong = None
-        if hasattr(self.cell, "initial_state"):
-            with torch.no_grad():
-                wrong = other_shapes(z0, self.cell.initial_state(x))
-        if wrong is None and error is not None:
-            wrong = unlike_input(z0, x, self.options.batch_dim, error)
-        if wrong is not None:
-            raise ValueError(wrong) from error
-
     def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
         record = self._record
         if self.options.batch_dim not in (0, -2):
-            raise ValueError(
-                f"batch_dim={self.options.batch_dim}, but the state of an AffineCell is "
-                "(B, features): its rows are the samples, so leave batch_dim at 0. A cell whose "
-                "rows depend on each other is a module of your own."
-            )
+            refuse_batch_dim(self.options.batch_dim)
         specs = self._specs_for(cell.structure())
         weight = cell.recurrent_weight()
         linear = None if torch.compiler.is_compiling() else linear_parameters(cell.injection)
@@ -240,6 +242,12 @@ class DEQLayer(nn.Module):
     @last_solution.setter
     def last_solution(self, solution: Solution | None) -> None:
         self._record.forward = solution
+
+    @property
+    def solutions(self) -> dict[str, list[Solution]]:
+        """The latest ``keep_solutions`` of each direction, "forward" and "adjoint", oldest first,
+        without their values."""
+        return self._record.kept()
 
     @property
     def last_adjoint_solution(self) -> Solution | None:
@@ -273,31 +281,20 @@ class DEQLayer(nn.Module):
         self._record.on_failure = self.options.on_failure
         return found
 
-    def _start(self, x: Any) -> Any:
-        if hasattr(self.cell, "initial_state"):
-            return self.cell.initial_state(x)
-        if isinstance(x, Tensor):
-            plain = type(x) is Tensor and x.is_contiguous() and not torch.compiler.is_compiling()
-            return expanded_zeros(x.detach()) if plain else torch.zeros_like(x)
-        raise TypeError(
-            f"no start for the solve: x is a {type(x).__name__}, so pass z0=..., or define "
-            "initial_state(x) on the cell."
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without the record of past solves and checks."""
         state = self.__dict__.copy()
-        state["_record"], state["_checked"] = Record(), CheckedMaps()
+        state["_record"] = new_record(self.keep_solutions, self.on_solution)
+        state["_checked"] = CheckedMaps()
         state.pop("_specs", None)
         return state
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._record = Record(self._record.warned)  # each replica solves a part of its own
+        # Each replica solves a part of its own.
+        replica._record = new_record(self.keep_solutions, self.on_solution, self._record.warned)
         replica._original_cell = self._original_cell or (self.cell,)
         return replica
 
     def extra_repr(self) -> str:
-        o = self.options
-        shown = f"solver={o.solver!r}, adjoint={o.adjoint!r}, tol={o.tol:g}, max_iter={o.max_iter}"
-        return shown if o.batch_dim == 0 else f"{shown}, batch_dim={o.batch_dim}"
+        return self.options.shown()

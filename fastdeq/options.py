@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeVar, get_args
 from .backends.choose import BACKENDS
 from .backends.choose import Backend as Backend
 from .errors import check_choice
+from .failure import ON_FAILURE
+from .failure import OnFailure as OnFailure
 from .samples import BatchDim as BatchDim
-from .samples import check_batch_dim
-from .solution import ON_FAILURE
-from .solution import OnFailure as OnFailure
+from .samples import Compact as Compact
+from .samples import check_batch_dim, check_compact
 from .solvers import ADJOINT, FORWARD, SOLVERS, Solver, named
 from .solvers.solve_options import PRECISIONS
 
@@ -38,6 +39,7 @@ class Options:
     adjoint: AdjointName | Solver = "auto"
     gradient: Gradient = "implicit"
     batch_dim: BatchDim = 0
+    compact: Compact = False
     tol: float = 1e-4
     adjoint_tol: float | None = None
     atol: float = 0.0
@@ -62,6 +64,7 @@ class Options:
                 object.__setattr__(self, name, chosen)
         object.__setattr__(self, "registered", registered)
         object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
+        object.__setattr__(self, "compact", check_compact(self.compact, self.batch_dim))
         check_choice(self.gradient, GRADIENTS, "gradient")
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")
@@ -72,6 +75,17 @@ class Options:
         for name in ("max_iter", "adjoint_max_iter", "patience"):
             if (limit := getattr(self, name)) is not None or name == "max_iter":
                 object.__setattr__(self, name, _limit(name, limit))
+
+    def shown(self) -> str:
+        """What a layer shows of them."""
+        shown = (
+            f"solver={self.solver!r}, adjoint={self.adjoint!r}, tol={self.tol:g}, "
+            f"max_iter={self.max_iter}"
+        )
+        for name, default in (("batch_dim", 0), ("compact", False)):
+            if (value := getattr(self, name)) != default:
+                shown += f", {name}={value}"
+        return shown
 
     def adjoint_limits(self) -> dict[str, Any]:
         """Tolerances and iteration limit of the adjoint; the relative tolerance and the limit of

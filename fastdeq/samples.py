@@ -7,10 +7,14 @@ import numbers
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 #: The dimension that counts samples; several; None: all of the state is one sample.
 BatchDim: TypeAlias = int | tuple[int, ...] | None
+#: Whether finished samples are left out; or, for each argument of a cell after the state, the
+#: dimension that counts samples, None for what they share.
+Compact: TypeAlias = bool | tuple[int | None, ...]
 
 
 def check_batch_dim(value: object) -> BatchDim:
@@ -30,6 +34,35 @@ def check_batch_dim(value: object) -> BatchDim:
     if len(set(dims)) < len(dims):
         raise ValueError(f"batch_dim={value!r} names a dimension twice.")
     return dims if several and len(dims) > 1 else dims[0]
+
+
+def check_compact(value: object, batch_dim: BatchDim) -> Compact:
+    """``value`` as a bool or a tuple of ints and None; raises ValueError for others, and where
+    there is no one batch dimension to leave samples out of."""
+    if isinstance(value, (tuple, list)):
+        entries = tuple(value)
+        if not all(
+            d is None or (isinstance(d, numbers.Integral) and not isinstance(d, bool))
+            for d in entries
+        ):
+            raise ValueError(
+                "compact must have for each argument of the cell after the state the dimension "
+                f"that counts samples, or None for what they share, got {value!r}."
+            )
+        compact: Compact = tuple(None if d is None else int(d) for d in entries)
+    elif isinstance(value, bool):
+        compact = value
+    else:
+        raise ValueError(
+            "compact must be True, False, or a tuple with an entry for each argument of the cell "
+            f"after the state, such as (0, None), got {value!r}."
+        )
+    if compact is not False and not isinstance(batch_dim, int):
+        raise ValueError(
+            f"compact={value!r} leaves out finished samples, which takes one batch dimension; got "
+            f"batch_dim={batch_dim!r}."
+        )
+    return compact
 
 
 def resolve(batch_dim: BatchDim, parts: Sequence[Tensor]) -> tuple[int, ...]:
@@ -95,3 +128,23 @@ def spread(mask: Tensor, like: Tensor, dims: tuple[int, ...]) -> Tensor:
     """``mask`` ``(B,)``, one entry per sample, in a shape that broadcasts with ``like``."""
     sizes = [size if d in dims else 1 for d, size in enumerate(like.shape)]
     return from_rows(mask.unsqueeze(1), sizes, dims)
+
+
+def take(t: Tensor, samples: Tensor, dim: int) -> Tensor:
+    """The samples ``(b,)`` int64 of t along ``dim``, in t's order of memory."""
+    order = memory_order(t) if dim == 0 else None
+    if order is None:
+        return t.index_select(dim, samples)
+    return t.permute(order).index_select(0, samples).movedim(-1, 1)
+
+
+#: Memory formats by the number of dimensions that they are for.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def memory_order(t: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of t in the order of its memory, where that is channels_last; else None."""
+    layout = CHANNELS_LAST.get(t.dim())
+    if layout is None or t.is_contiguous() or not t.is_contiguous(memory_format=layout):
+        return None
+    return (0, *range(2, t.dim()), 1)

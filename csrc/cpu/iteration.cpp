@@ -72,7 +72,7 @@ class IterationOf : public Iteration {
 
   at::Tensor point() const override { return point_; }
 
-  bool advance(const at::Tensor& given) override {
+  int64_t advance(const at::Tensor& given) override {
     at::Tensor value;
     if (given.defined()) {
       TORCH_CHECK(given.sizes() == point_.sizes() && given.is_cpu(), "the value must be ",
@@ -103,7 +103,17 @@ class IterationOf : public Iteration {
     point_ = std::move(next_);
     ++evaluations_;
     const auto& samples = judge_.samples;
-    return std::any_of(samples.begin(), samples.end(), [](const auto& s) { return !s.ended; });
+    return std::count_if(samples.begin(), samples.end(), [](const auto& s) { return !s.ended; });
+  }
+
+  at::Tensor running() const override {
+    std::vector<int64_t> found;
+    for (int64_t b = 0; b < batch_; ++b) {
+      if (!judge_.samples[size_t(b)].ended) found.push_back(b);
+    }
+    const at::Tensor samples = at::empty({int64_t(found.size())}, at::kLong);
+    std::copy(found.begin(), found.end(), samples.mutable_data_ptr<int64_t>());
+    return samples;
   }
 
   IterationResult result() const override {

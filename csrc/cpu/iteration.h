@@ -38,9 +38,11 @@ class Iteration {
   // (B, n): where to evaluate f. Its memory may be written to by the next `advance`, unless
   // somebody still holds the tensor or a view of it then.
   virtual at::Tensor point() const = 0;
-  // Takes the value of the map at the point, (B, n), zeros where it is undefined; false when the
-  // solve has ended.
-  virtual bool advance(const at::Tensor& value) = 0;
+  // Takes the value of the map at the point, (B, n), zeros where it is undefined, and returns how
+  // many samples go on. The values of others are not read from then on.
+  virtual int64_t advance(const at::Tensor& value) = 0;
+  // Which samples go on, int64.
+  virtual at::Tensor running() const = 0;
   virtual IterationResult result() const = 0;
 };
 

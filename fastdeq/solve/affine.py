@@ -18,7 +18,8 @@ from ..activations import ACTIVATIONS
 from ..backends import extension
 from ..errors import BackendError
 from ..solution import Solution
-from .autograd import AffineFixedPoint, affine_gradients, one_step
+from .affine_autograd import AffineFixedPoint, affine_gradients
+from .autograd import one_step
 from .spec import Report, SolveSpec, Specs
 
 # The size from which on packing a symmetric weight for one solve takes longer than the way through

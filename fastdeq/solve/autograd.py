@@ -6,31 +6,31 @@ found in the graph of one evaluation of f, and ``FixedPoint`` takes it as input.
 is a fixed point too, closing over g, z* and theta, so ``FixedPoint`` solves it, and derivatives of
 every order follow from the one rule.
 
-Affine cell, ``z = phi(W z + c)``: in ``q = D u`` the adjoint is ``q = D (g + q W)``, and
-``dL/dc = q``, ``dL/dW = q^T z*``. ``LinearSolve`` solves it; its own gradient, for a cotangent h,
-needs ``p = D (h + p W^T)``, the same solve with W transposed:
-``dL/dg = p``, ``dL/dD = (h + p W^T) (g + q W)``, ``dL/dW = q^T p``.
-
 A sample that ended NONFINITE returns a constant, so its gradient is zero. A gradient that arrives
 with NaN or infinity leaves as NaN, as anywhere in PyTorch: gradient scalers look for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..activations import ACTIVATIONS
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
-from ..solution import Status
 from .closure import cut_above, evaluate, placed_above, same_closure
-from .spec import Map, Report, SolveSpec, Specs, ignore
+from .paths import path_of
+from .spec import Map, Report, SolveSpec, ignore, without_first
+from .unfinished import Product, Unfinished
+
+#: Evaluates the map of some samples, whose value is known, if there is one that agrees with it; see
+#: ``compaction.Compaction.agreeing``.
+Parts = Callable[[Tensor, Tensor, Callable[[Map], tuple[Tensor, Product]]], Product | None]
 
 
 def _propagate_nonfinite(result: Tensor, grad: Tensor) -> Tensor:
@@ -55,10 +55,12 @@ class FixedPoint(Function):
         f: Map,
         at: Tensor | None,
         fz: Tensor | None,
+        parts: Parts | None,
         z: Tensor,
         *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.spec, ctx.report, ctx.f, ctx.at, ctx.fz = spec, report, f, at, fz
+        ctx.parts = parts
         saved = z.view_as(z)
         ctx.save_for_backward(saved, *theta)
         ctx.set_materialize_grads(False)
@@ -72,11 +74,11 @@ class FixedPoint(Function):
             grad = grad_saved if grad is None else grad + grad_saved
         z, *theta = ctx.saved_tensors
         if grad is None:
-            return (None,) * (6 + len(theta))
+            return (None,) * (7 + len(theta))
         differentiable = torch.is_grad_enabled()
         if ctx.fz is not None and not differentiable:
-            u = _solve_adjoint(ctx.spec, ctx.report, ctx.fz, ctx.at, grad, None)
-            return None, None, None, None, u, None, *[None] * len(theta)
+            u = _solve_adjoint(ctx.spec, ctx.report, ctx.fz, ctx.at, grad, None, ctx.parts)
+            return None, None, None, None, u, None, None, *[None] * len(theta)
         # A derivative of this gradient needs f as a function of z*, which depends on theta.
         at = z if differentiable else placed_above(z, theta)
         with torch.enable_grad():
@@ -89,7 +91,7 @@ class FixedPoint(Function):
                 grads = torch.autograd.grad(
                     fz, theta, u, retain_graph=True, create_graph=differentiable, allow_unused=True
                 )
-        return None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, *grads
 
 
 def _solve_adjoint(
@@ -99,30 +101,33 @@ def _solve_adjoint(
     at: Tensor,
     grad: Tensor,
     theta: Sequence[Tensor] | None,
+    parts: Parts | None = None,
 ) -> Tensor:
-    """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given."""
+    """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given.
+    With ``parts``, products are made for samples that are not finished."""
     report(None)
+    product = functools.partial(_product, fz, at)
 
-    def product(u: Tensor) -> Tensor | None:
-        if not fz.requires_grad:
-            return None
-        return torch.autograd.grad(
-            fz,
-            at,
-            u,
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )[0]  # None where the map does not depend on z
+    def narrow(samples: Tensor) -> Product | None:
+        expected, rows = (t.detach().index_select(0, samples) for t in (fz, at))
+
+        def run(part: Map) -> tuple[Tensor, Product]:
+            again = evaluate(part, rows)
+            return again.value.detach(), functools.partial(_product, again.value, again.at)
+
+        return None if parts is None else parts(samples, expected, run)
 
     unit = unit_rows(grad)
     if theta is None and spec.is_compiled(grad) and (scale := unit.factors()) is not None:
         norm, largest = unit.norm, unit.largest
         del unit
+        products: Product = product
+        if parts is not None:
+            products = Unfinished(product, lambda s, *_: narrow(s), len(at), asks_value=False)
         with torch.no_grad():
-            solution = spec.iterate_affine(product, grad, scale)
+            solution = spec.iterate_affine(products, grad, scale)
         value: Tensor = solution.value.mul_(norm).mul_(largest)
-        report(solution)
+        report(replace(solution, path=path_of(solution)))
         return value.clone()
 
     g = unit.rows
@@ -131,18 +136,38 @@ def _solve_adjoint(
         found = product(u)
         return g.clone() if found is None else g + found
 
+    def narrow_map(samples: Tensor, point: Any, value: Any) -> Product | None:
+        found, own = narrow(samples), g.index_select(0, samples)
+        return None if found is None else lambda u: own if (p := found(u)) is None else own + p
+
+    iterated: Map = adjoint_map
+    if parts is not None and theta is None:
+        iterated = Unfinished(adjoint_map, narrow_map, len(at), asks_value=False)
     with torch.no_grad():
-        solution = spec.iterate(adjoint_map, expanded_zeros(g), lambda u: g)
-    report(solution.with_value(unit.restore(solution.value)))
+        solution = without_first(spec.iterate(iterated, expanded_zeros(g), lambda u: g))
+    report(replace(solution, value=unit.restore(solution.value), path=path_of(solution)))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:
         return unit.restore(u)
     closed_over = [t for t in (g, at, *theta) if t.requires_grad]
-    attached, _ = FixedPoint.apply(spec, ignore, adjoint_map, None, None, u, *closed_over)
+    how = (spec, ignore, adjoint_map, None, None, None)
+    attached, _ = FixedPoint.apply(*how, u, *closed_over)
     return unit.restore(attached)
 
 
-def attach(spec: SolveSpec, report: Report, f: Map, z: Tensor) -> Tensor:
+def _product(fz: Tensor, at: Tensor, u: Tensor) -> Tensor | None:
+    """``J^T u`` with ``J = dfz/dat``; None where the map does not depend on z."""
+    if not fz.requires_grad:
+        return None
+    create = torch.is_grad_enabled()
+    return torch.autograd.grad(
+        fz, at, u, retain_graph=True, create_graph=create, allow_unused=True
+    )[0]
+
+
+def attach(
+    spec: SolveSpec, report: Report, f: Map, z: Tensor, parts: Parts | None = None
+) -> Tensor:
     """A copy of z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes
     over."""
     at, fz, theta = evaluate(f, z)
@@ -150,7 +175,7 @@ def attach(spec: SolveSpec, report: Report, f: Map, z: Tensor) -> Tensor:
         raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
     if not theta:
         return z.detach().clone()
-    arguments = (spec, report, same_closure(f, theta), at, fz, z.detach())
+    arguments = (spec, report, same_closure(f, theta), at, fz, parts, z.detach())
     attached: Tensor = FixedPoint.apply(*arguments, *theta)[0]
     return attached
 
@@ -162,122 +187,21 @@ def one_step(f: Map, z: Tensor) -> Tensor:
     return fz + (z - fz).detach()
 
 
-class AffineFixedPoint(Function):
-    """``z = phi(z W^T + c)`` from a start: z twice, and the other outputs of the operator.
-
-    The first z is for the caller, who may write to it; the second is what the operator returned and
-    what is saved. Both are differentiable, so that a derivative of the gradient finds its way back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        specs: Specs,
-        activation: str,
-        report: Report,
-        weight: Tensor,
-        c: Tensor,
-        start: Tensor | None,
-        packed: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        outputs = specs.forward.forward(weight, c, start, activation, True, packed)
-        z, status, *_, slope = outputs
-        ctx.spec, ctx.activation, ctx.report = specs.adjoint, activation, report
-        ctx.save_for_backward(weight, c, z, status, slope, packed)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        return z.clone(), *outputs
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_saved: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
-        if grad_saved is not None:
-            grad = grad_saved if grad is None else grad + grad_saved
-        if grad is None:
-            return (None,) * 7
-        weight, c, z, status, slope, packed = ctx.saved_tensors
-        how = (ctx.spec, ctx.activation, ctx.report, ctx.needs_input_grad[3])
-        grad_weight, grad_c = affine_gradients(*how, weight, c, z, status, slope, packed, grad)
-        return None, None, None, grad_weight, grad_c, None, None
-
-
-def affine_gradients(
-    spec: SolveSpec,
-    activation: str,
-    report: Report,
-    needs_weight: bool,
-    weight: Tensor,
-    c: Tensor,
-    z: Tensor,
-    status: Tensor,
-    slope: Tensor,
-    packed: Tensor | None,
-    grad: Tensor,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of W (None unless it is needed) and of c for the gradient ``(B, d)`` of
-    ``z = phi(z W^T + c)``, differentiable again where grad mode is on."""
-    dtype = slope.dtype
-    w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
-    grad_weight = None
-    if not torch.is_grad_enabled():
-        q = spec.adjoint(w, slope, g, packed, report)
-        if needs_weight:
-            with _without_autocast(z.device.type):
-                grad_weight = torch.mm(q.t(), at).to(weight.dtype)
-        return grad_weight, q.to(c.dtype)
-    # A derivative of this gradient needs D as a function of what it depends on.
-    with _without_autocast(z.device.type):
-        failed = (status == int(Status.NONFINITE)).unsqueeze(1)
-        pre = torch.addmm(c.to(dtype), at, w.t())
-        slope = ACTIVATIONS[activation].slope(torch.where(failed, 0.0, pre))
-        q = LinearSolve.apply(spec, report, w, slope, torch.where(failed, 0.0, g))
-        if needs_weight:
-            grad_weight = (q.t() @ at).to(weight.dtype)
-    return grad_weight, q.to(c.dtype)
-
-
-class LinearSolve(Function):
-    """``q = D (g + q W)`` per row, from weight W ``(d, d)``, slope D and gradient g ``(B, d)``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, spec: SolveSpec, report: Report, weight: Tensor, slope: Tensor, grad: Tensor
-    ) -> Tensor:
-        q = spec.adjoint(weight, slope, grad, None, report)
-        ctx.spec = spec
-        ctx.save_for_backward(weight, slope, grad, q)
-        ctx.set_materialize_grads(False)
-        return q
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
-        if h is None:
-            return (None,) * 5
-        weight, slope, grad, q = ctx.saved_tensors
-        with _without_autocast(h.device.type):
-            p = LinearSolve.apply(ctx.spec, ignore, weight.t(), slope, h)
-            grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
-            return None, None, q.t() @ p, grad_slope, p
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def rerun_autocast(f: Map, device_type: str) -> Map:
-    """f under the autocast state of now, so that a gradient computed later sees the same map.
+def autocast_of_now(device_type: str) -> Callable[[Map], Map]:
+    """What puts a map under the autocast state of now, so that a gradient computed later sees the
+    same map.
 
     Without autocast's weight cache: a cast that was cached before would hide its parameter.
     """
     if not torch.is_autocast_enabled(device_type):
-        return f
+        return lambda f: f
     dtype = torch.get_autocast_dtype(device_type)
 
-    def run(z: Tensor) -> Tensor:
-        with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
-            return f(z)
+    def around(f: Map) -> Map:
+        def run(z: Tensor) -> Tensor:
+            with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+                return f(z)
 
-    return run
+        return run
+
+    return around

@@ -9,14 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
 from ..solution import Solution, may_look
 from . import autograd
+from .cell_map import CellMap
 from .checked_maps import CheckedMaps
+from .compaction import Compaction
 from .eager import Eagerly
 from .iteration import is_compiled
+from .low_precision import (
+    LOW_EPSILON,
+    full_part,
+    has_low_precision,
+    in_bfloat16,
+    low_part,
+    together,
+)
 from .packing import ArgumentWrittenError, Packing
-from .spec import Report, Specs
+from .paths import path_of
+from .spec import Map, Report, SolveSpec, Specs
+from .unfinished import Unfinished
+
+Around = Callable[[Map], Map]
 
 
 def _none(samples: Tensor) -> bool:
@@ -41,11 +54,6 @@ def solve_map(
         BackendError: a backend or precision that cannot be had.
         CoupledSamplesError: a sample depends on another one.
     """
-    if specs.options.precision == "mixed":
-        raise BackendError(
-            "precision='mixed' is not available: only the solve of an AffineCell has it, without "
-            "hooks, further arguments and solvers of one's own. Use precision='auto'."
-        )
     packing = Packing(z0, specs.options.batch_dim)
     # Only the compiled iteration leaves a point alone that somebody keeps.
     rows = packing.pack(z0)
@@ -79,8 +87,9 @@ def _solve(
             return rows(point).detach()
 
     differentiable = torch.is_grad_enabled()
+    compaction = _compaction_of(f, packing, specs)
     with torch.no_grad():
-        solution = replace(specs.forward, parts=packing.parts).iterate(rows, start, first)
+        solution = _iterate(rows, start, first, compaction, packing, specs)
     z = solution.value
     if torch.is_grad_enabled():
         check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
@@ -88,9 +97,10 @@ def _solve(
             with Eagerly():
                 check(rows)
         if specs.options.gradient == "implicit":
-            again = autograd.rerun_autocast(rows, z.device.type)
+            around = autograd.autocast_of_now(z.device.type)
+            parts = None if compaction is None else compaction.parts(around)
             adjoint = replace(specs.adjoint, parts=packing.parts)
-            attached = autograd.attach(adjoint, report, again, z)
+            attached = autograd.attach(adjoint, report, around(rows), z, parts)
         else:
             attached = autograd.one_step(rows, z)
         if _none(solution.nonfinite):
@@ -104,5 +114,44 @@ def _solve(
         value=packing.unpack(solution.value),
         contraction=specs.structure.contraction,
         batch_dim=specs.options.batch_dim,
+        path=path_of(solution, compaction is not None and compaction.refused),
     )
     return packing.unpack(z), own
+
+
+def _compaction_of(f: Any, packing: Packing, specs: Specs) -> Compaction | None:
+    options = specs.options
+    if not options.compact or not isinstance(f, CellMap) or packing.batch < 2:
+        return None
+    return Compaction(f, packing, options.compact, options.tol, specs.refusals)
+
+
+def _iterate(
+    rows: Map,
+    start: Tensor,
+    first: Map,
+    compaction: Compaction | None,
+    packing: Packing,
+    specs: Specs,
+) -> Solution:
+    spec = replace(specs.forward, parts=packing.parts)
+
+    def solve(
+        spec: SolveSpec, f: Map, start: Tensor, first: Map, around: Around, epsilon: float
+    ) -> Solution:
+        if compaction is not None:
+            narrow = compaction.narrowing(around, epsilon)
+            f = Unfinished(f, narrow, packing.batch, asks_value=True)
+        return spec.iterate(f, start, first)
+
+    def bfloat16(f: Map) -> Map:
+        return in_bfloat16(f, packing.device.type)
+
+    low = None
+    if specs.options.precision == "mixed" and has_low_precision(packing):
+        low = low_part(spec)
+    if low is None:
+        return solve(spec, rows, start, first, lambda f: f, 0.0)
+    begun = solve(low, bfloat16(rows), start, first, bfloat16, LOW_EPSILON)
+    rest = solve(full_part(spec, begun), rows, begun.value, rows, lambda f: f, 0.0)
+    return together(begun, rest)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends import extension
 from ..solution import Solution
 from ..solvers import SOLVERS, SolveOptions, Solver
+from ..solvers.loop import Follow
 from .trend import Trend
 
 _SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
@@ -41,6 +42,7 @@ def iterate(
     first: Callable[[Tensor], Tensor | None],
     offset: Tensor | None = None,
     scale: Tensor | None = None,
+    follow: Follow | None = None,
 ) -> Solution:
     """``loop.solve`` of a solver that :func:`is_compiled`; ``first`` makes the first evaluation.
 
@@ -48,16 +50,21 @@ def iterate(
     value None stands for zeros.
 
     ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
-    keeps is left to it; it must not write there itself.
+    keeps is left to it; it must not write there itself. ``follow`` hears after each evaluation how
+    many samples go on, and which; values of the others are not read.
     """
     module = extension.module
     assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
     iteration = module.Iteration(start, options, sizes, offset, scale)
     value = _resolved(first(iteration.point()))  # nothing here holds a point
-    while iteration.advance(value):
+    evaluations = 1
+    while left := iteration.advance(value):
         del value  # a state that need not wait for the next one
+        if follow is not None:
+            follow(left, iteration.running)
         value = _resolved(f(iteration.point()))
+        evaluations += 1
     best, status, iterations, residual, rejects, rate, middle, end = iteration.result()
     plain = options.window == 0 and solver.name != "heavy_ball"
     damping = options.damping
@@ -70,6 +77,8 @@ def iterate(
         solver=solver,
         observed_contraction=(rate - (1 - damping)) / damping if plain else None,
         trend=Trend(middle, end) if options.window else None,
+        evaluations=evaluations,
+        sample_evaluations=evaluations * len(start),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ class Packing:
                 f"batch_dim={batch_dim} counts samples (None: all of the state is one)."
             )
         self.shapes = [p.shape for p in parts]
+        self.batch = math.prod(batch_shape(parts[0], self.dims))
         self.ndims = tuple(p.dim() for p in parts)
         self.dtypes = [p.dtype for p in parts]
         rest = [[n for d, n in enumerate(s) if d not in self.dims] for s in self.shapes]
@@ -120,6 +122,14 @@ class Packing:
             for i, p in enumerate(split)
         )
         return parts if self.is_tuple else parts[0]
+
+    def for_samples(self, count: int) -> Packing:
+        """The same for so many samples, where one dimension counts them."""
+        (dim,) = self.dims
+        other = copy.copy(self)
+        other.batch = count
+        other.shapes = [torch.Size((*s[:dim], count, *s[dim + 1 :])) for s in self.shapes]
+        return other
 
     def _rows_of(self, part: Tensor, i: int) -> Tensor:
         order = self._orders[i]

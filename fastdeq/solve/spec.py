@@ -21,10 +21,11 @@ from ..ops.solve_common import Outputs, expanded_zeros, working_dtype
 from ..options import Options
 from ..solution import Solution
 from ..solvers import SolveOptions, Solver, Structure, resolve
-from ..solvers.loop import finite_rows, solve
+from ..solvers.loop import Follow, finite_rows, solve
 from .iteration import is_compiled, iterate
 from .packed import PackedWeight
 from .trend import Traced
+from .unfinished import Unfinished
 
 Map = Callable[[Tensor], Tensor]
 #: Hears that an adjoint solve begins, by None, and its solution.
@@ -118,12 +119,12 @@ class SolveSpec:
         value, status, iterations, residual, rejects, *_ = outputs
         counters = dict(zip(self.solver.rejects, rejects.unbind(1), strict=True))
         found = (value.detach(), status, iterations, residual, counters, contraction)
-        return Solution(*found, solver=self.solver)
+        return Solution(*found, solver=self.solver, path="fused")
 
     def iterate(self, f: Map, start: Tensor, first: Map | None = None) -> Solution:
         """Solves ``z = f(z)``, f a map of rows ``(B, n)``; ``first`` makes the first evaluation,
         where that is another way to the same value. Between two evaluations runs one call of the
-        compiled extension, or plain PyTorch.
+        compiled extension, or plain PyTorch. An ``Unfinished`` map is told what has finished.
 
         What f sees is the memory of the iteration; see ``iteration.iterate``. Rows without numbers,
         fake or on the meta device, are evaluated once: for shapes.
@@ -132,8 +133,11 @@ class SolveSpec:
         if _has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
-        if self.is_compiled(start):
-            return iterate(f, start, self.solver, self.options, self.parts, first)
+        compiled = self.is_compiled(start)
+        first, follow, finish = _followed(f, first, own_memory=not compiled)
+        if compiled:
+            how = (self.solver, self.options, self.parts)
+            return finish(iterate(f, start, *how, first, follow=follow))
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
             traced = Traced(self.solver, self.options.max_iter)
@@ -149,8 +153,9 @@ class SolveSpec:
             parts=self.parts,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=first(start) if len(start) else None,
+            follow=follow,
         )
-        return replace(solution, solver=self.solver, trend=traced)
+        return finish(replace(solution, solver=self.solver, trend=traced))
 
     def is_compiled(self, start: Tensor) -> bool:
         """Whether the compiled extension iterates from rows like ``start`` ``(B, n)``."""
@@ -162,8 +167,10 @@ class SolveSpec:
         """Solves ``z = f(z) + scale offset`` for a linear f, which returns None for zeros, offset
         ``(B, n)`` and scale ``(B,)``, from zeros, where it :meth:`is_compiled`."""
         zeros = expanded_zeros(offset)
+        _, follow, finish = _followed(f, f, own_memory=False)
         how = (self.solver, self.options, self.parts)
-        return iterate(f, zeros, *how, lambda z: None, offset, scale)
+        solution = iterate(f, zeros, *how, lambda z: None, offset, scale, follow)
+        return finish(without_first(solution))
 
     def _shapes(self, rows: Tensor) -> Solution:
         count = rows.new_empty(len(rows), dtype=torch.int32)
@@ -174,6 +181,25 @@ class SolveSpec:
             rows.new_empty(len(rows)),
             {name: count.clone() for name in self.solver.rejects},
         )
+
+
+def without_first(solution: Solution) -> Solution:
+    """The solution of a linear map, whose first value, at zeros, takes no product."""
+    if not solution.evaluations or solution.sample_evaluations is None:
+        return solution
+    made = solution.sample_evaluations - len(solution.status)
+    return replace(solution, evaluations=solution.evaluations - 1, sample_evaluations=made)
+
+
+def _followed(
+    f: object, first: Any, own_memory: bool
+) -> tuple[Any, Follow | None, Callable[[Solution], Solution]]:
+    """How the first evaluation of a solve of f is made, what is to hear which samples go on, and
+    what counts the evaluations."""
+    if not isinstance(f, Unfinished):
+        return first, None, lambda solution: solution
+    f.own_memory = own_memory
+    return f.first(first), f.follow, f.counted
 
 
 def _is_traced(rows: Tensor) -> bool:
@@ -213,6 +239,10 @@ class Specs:
         self._packed = PackedWeight()
         self.plans: dict[Any, Any] = {}
         """What the compiled extension has prepared; see ``affine.plan_for``."""
+        self.wrapped: bool | None = None
+        """Whether the cell contains an affine one; see ``paths.why_general``."""
+        self.refusals: set[Any] = set()
+        """Calls in which samples could not be told apart; see ``compaction.Compaction``."""
 
     @property
     def adjoint(self) -> SolveSpec:

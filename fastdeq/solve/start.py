@@ -4,13 +4,66 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..ops.solve_common import expanded_zeros
 from ..samples import BatchDim, batch_shape, resolve
+from ..solvers.picard import CERTIFIED
 
 #: What a cell, or the solve, raises for a start that does not fit; their subclasses mean other
 #: things (a failed solve, coupled samples, no memory).
 EXPLAINED = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+def start_for(cell: Any, x: Any) -> Any:
+    """Where a solve begins unless z0 is given: the cell's ``initial_state(x)``, or zeros like x.
+
+    Raises:
+        TypeError: an x that is no tensor, without ``initial_state``.
+    """
+    if hasattr(cell, "initial_state"):
+        return cell.initial_state(x)
+    if isinstance(x, Tensor):
+        plain = type(x) is Tensor and x.is_contiguous() and not torch.compiler.is_compiling()
+        return expanded_zeros(x.detach()) if plain else torch.zeros_like(x)
+    raise TypeError(
+        f"no start for the solve: x is a {type(x).__name__}, so pass z0=..., or define "
+        "initial_state(x) on the cell."
+    )
+
+
+def check_start(solver: Any) -> None:
+    """Raises ValueError where ``solver`` begins at zero and nowhere else."""
+    if getattr(solver, "fixed_iterations", 0) == CERTIFIED:
+        raise ValueError(
+            'fixed_iterations="certified" counts from a start at zero; leave out z0, or give '
+            "the number of iterations."
+        )
+
+
+def refuse_batch_dim(batch_dim: BatchDim) -> None:
+    """Raises ValueError for a dimension that is not that of an affine cell's samples."""
+    raise ValueError(
+        f"batch_dim={batch_dim}, but the state of an AffineCell is (B, features): its rows are the "
+        "samples, so leave batch_dim at 0. A cell whose rows depend on each other is a module of "
+        "your own."
+    )
+
+
+def explain_start(
+    cell: Any, z0: Any, x: Any, batch_dim: BatchDim, error: Exception | None = None
+) -> None:
+    """Raises ValueError where z0 has other shapes than the cell's own start for x, or where there
+    is no such start, ``error`` was raised, and z0 and x do not go together."""
+    wrong = None
+    if hasattr(cell, "initial_state"):
+        with torch.no_grad():
+            wrong = other_shapes(z0, cell.initial_state(x))
+    if wrong is None and error is not None:
+        wrong = unlike_input(z0, x, batch_dim, error)
+    if wrong is not None:
+        raise ValueError(wrong) from error
 
 
 def other_shapes(z0: Any, default: Any) -> str | None:

@@ -18,6 +18,7 @@ floor patience does not grow with the limit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from ..constants import (
     SIZE_EXPONENT,
     STILL_FALLING,
 )
-from ..cuda_stream import DelayedFlag, is_capturing
+from ..cuda_stream import DelayedCount, is_capturing
 from ..solution import Solution, Status
 from .base import AffineMap, Problem, Solver
 from .picard import Picard
@@ -39,6 +40,16 @@ from .solve_options import scaled_patience
 # Plain integers keep the int8 of a status tensor.
 _CONVERGED, _STAGNATED = int(Status.CONVERGED), int(Status.STAGNATED)
 _NONFINITE = int(Status.NONFINITE)
+
+
+#: Hears how many samples go on at most, and what says which, int64: some may be there twice, or
+#: have finished.
+Follow = Callable[[int, Callable[[], Tensor]], None]
+
+
+def _samples(running: Tensor, count: int) -> Tensor:
+    """Which go on, without waiting for a device; filled up to ``count`` with the first sample."""
+    return torch.nonzero_static(running, size=count, fill_value=0).flatten()
 
 
 def finite_rows(start: Tensor) -> Tensor:
@@ -114,6 +125,7 @@ def solve(
     atol: float = 0.0,
     patience: int | None = None,
     parts: Sequence[int] | None = None,
+    follow: Follow | None = None,
 ) -> Solution:
     """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
 
@@ -122,6 +134,8 @@ def solve(
     ``f`` maps ``(B, n)`` to ``(B, n)`` and treats rows independently; ``start_value`` is
     ``f(start)`` where it is known. At most ``max_iter`` updates, hence ``max_iter + 1``
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
+    ``follow`` hears after each evaluation which samples go on; the values of the others may be any
+    finite ones from then on.
 
     A solver with ``fixed_iterations`` makes exactly so many updates of every sample that stays
     finite, and nothing is read from the device; otherwise the host waits in each
@@ -154,7 +168,7 @@ def solve(
     state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, affine))
     looks = point.device.type == "cpu" and not fixed and not torch.compiler.is_compiling()
     # Frozen samples make an iteration too many harmless.
-    flag = DelayedFlag(point.device)
+    count = DelayedCount(point.device, batch)
 
     if batch == 0:
         max_iter = -1
@@ -181,8 +195,10 @@ def solve(
             before = norm
         if not fixed:
             running = running & (best_residual > best_limit)
-        if k == max_iter or (not fixed and not flag.goes_on(running.any())):
+        if k == max_iter or (not fixed and not (left := count.left(running))):
             break
+        if follow is not None and not fixed:
+            follow(left, partial(_samples, running, left))
 
         step = solver.step(state, point, value, norm, running)
         failed = running & step.failed
@@ -216,4 +232,6 @@ def solve(
         best_residual,
         dict(zip(solver.rejects, solver.counters(state), strict=True)),
         observed_contraction=None if damping is None else (rate - (1 - damping)) / damping,
+        evaluations=k + 1 if batch else 0,
+        sample_evaluations=(k + 1) * batch if batch else 0,
     )

@@ -44,13 +44,17 @@ class TestRecordingInAGraph:
         assert len(count_factorisations) == before + 2
 
 
-class TestDelayedFlag:
-    def test_off_a_gpu_the_answer_is_the_flag_itself(self):
-        flag = cuda_stream.DelayedFlag(torch.device("cpu"))
-        assert flag.goes_on(torch.tensor(True))
-        assert not flag.goes_on(torch.tensor(False))
+def running(*samples):
+    return torch.tensor(samples, dtype=torch.bool)
 
-    def test_on_a_gpu_it_is_the_flag_of_the_call_before(self, monkeypatch):
+
+class TestDelayedCount:
+    def test_off_a_gpu_the_answer_is_the_count_itself(self):
+        count = cuda_stream.DelayedCount(torch.device("cpu"), 3)
+        assert count.left(running(1, 0, 1)) == 2
+        assert count.left(running(0, 0, 0)) == 0
+
+    def test_on_a_gpu_it_is_the_count_of_the_call_before(self, monkeypatch):
         """With stand-ins for events and pinned memory."""
         waited = []
 
@@ -68,12 +72,12 @@ class TestDelayedFlag:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
         monkeypatch.setattr(cuda_stream, "is_capturing", lambda device: False)
-        flag = cuda_stream.DelayedFlag(torch.device("cuda"))
-        answers = [flag.goes_on(torch.tensor(b)) for b in (True, True, False, True)]
-        assert answers == [True, True, True, False]
+        count = cuda_stream.DelayedCount(torch.device("cuda"), 3)
+        seen = [(1, 1, 1), (1, 1, 0), (0, 0, 0), (0, 1, 0)]
+        assert [count.left(running(*s)) for s in seen] == [3, 3, 2, 0]
         assert len({id(event) for event in waited}) == 3
 
-    def test_while_recording_it_always_goes_on(self, monkeypatch):
+    def test_while_recording_all_go_on(self, monkeypatch):
         monkeypatch.setattr(cuda_stream, "is_capturing", lambda device: True)
-        flag = cuda_stream.DelayedFlag(torch.device("cuda"))
-        assert flag.goes_on(torch.tensor(False))
+        count = cuda_stream.DelayedCount(torch.device("cuda"), 5)
+        assert count.left(running(0, 0)) == 5

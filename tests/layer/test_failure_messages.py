@@ -18,7 +18,7 @@ from fastdeq import (
     Status,
     fixed_point,
 )
-from fastdeq.solution import failure_message
+from fastdeq.failure import failure_message
 
 WIDER = re.compile(r"(\w+)=(Anderson\(.*?\))")
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import fastdeq
 from fastdeq import AffineCell, BackendError, DEQLayer
 from fastdeq.backends import extension
 
@@ -26,11 +25,6 @@ def test_mixed_raises_where_it_cannot_be_had(reason, options):
     layer = DEQLayer(AffineCell(4, 8, scale=0.5, dtype=dtype), precision="mixed", **options)
     with pytest.raises(BackendError, match=reason):
         layer(torch.randn(3, 4, dtype=dtype))
-
-
-def test_mixed_raises_for_general_maps():
-    with pytest.raises(BackendError, match="only the solve of an AffineCell"):
-        fastdeq.fixed_point(lambda z: torch.cos(z), torch.zeros(2, 3), precision="mixed")
 
 
 def test_unknown_precision_lists_the_known_ones():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from layer_cases import Residual, affine
 
-from fastdeq import DEQLayer, fixed_point, solution
-from fastdeq.solution import handle_failure
+from fastdeq import DEQLayer, failure, fixed_point
+from fastdeq.failure import handle_failure
 
 
 @pytest.fixture(params=["fused", "general"])
@@ -190,4 +190,4 @@ def test_from_a_thread_that_nothing_is_known_of(places):
     while not places() and time.monotonic() < end:
         time.sleep(0.001)
     ((file, _),) = places()
-    assert file == solution.__file__
+    assert file == failure.__file__

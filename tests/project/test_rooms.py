@@ -29,6 +29,7 @@ ROOMS = (
     "backends",
     "kernels",
     "solvers",
+    "failure",
     "solution",
     "samples",
     "theory",

@@ -1,0 +1,101 @@
+"""A solve whose early evaluations are in bfloat16, under autocast, and the others in the cell's own
+precision.
+
+The first evaluation is in full precision: what a cell caches then stays exact. Those that follow
+are in bfloat16 until the residuals reach what bfloat16 can tell from zero, or stop falling. From
+the best iterates a solve in full precision goes on, with a history of its own, because differences
+of values in two precisions are mostly rounding. Each residual that is reported is from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from ..solution import Solution, may_look
+from .packing import Packing
+from .spec import Map, SolveSpec
+
+#: The relative residual at which full precision takes over: bfloat16 has 8 bits, and the rounding
+#: errors of a cell of some layers add up to about two of the last.
+LOW_TOL = 2.0**-6
+LOW_EPSILON = torch.finfo(torch.bfloat16).eps
+#: Iterates in a row without progress after which a sample has seen what bfloat16 can give.
+LOW_PATIENCE = 4
+
+
+def has_low_precision(packing: Packing) -> bool:
+    """Whether evaluations in bfloat16 may be faster for these states than those of their own; not
+    where they are in half precision already.
+
+    Raises:
+        BackendError: float64 states, which autocast leaves as they are.
+    """
+    if torch.float64 in packing.dtypes:
+        raise BackendError(
+            "precision='mixed' evaluates a cell under autocast, which leaves float64 as it is; the "
+            "state is float64. Use float32, or precision='auto'."
+        )
+    own = all(dtype == torch.float32 for dtype in packing.dtypes)
+    return own and not torch.is_autocast_enabled(packing.device.type)
+
+
+def in_bfloat16(f: Map, device_type: str) -> Map:
+    """f under autocast."""
+
+    def run(rows: Tensor) -> Tensor:
+        with torch.autocast(device_type, dtype=torch.bfloat16):
+            return f(rows)
+
+    return run
+
+
+def low_part(spec: SolveSpec) -> SolveSpec | None:
+    """The part of a solve that is in bfloat16; None where it has no room for one."""
+    fixed = spec.options.fixed_iterations // 2
+    limit = spec.options.max_iter // 2
+    if (fixed if spec.options.fixed_iterations else limit) == 0:
+        return None
+    options = replace(
+        spec.options,
+        tol=max(spec.options.tol, LOW_TOL),
+        max_iter=max(limit, 1),
+        patience=min(spec.options.patience, LOW_PATIENCE),
+        fixed_iterations=fixed,
+    )
+    return _with(spec, options, fixed)
+
+
+def full_part(spec: SolveSpec, begun: Solution) -> SolveSpec:
+    """What is left of the solve after ``begun``."""
+    fixed = spec.options.fixed_iterations
+    if fixed:
+        return _with(spec, replace(spec.options, fixed_iterations=fixed - fixed // 2), fixed)
+    used = int(begun.iterations.max()) if may_look(begun.iterations) and len(begun.status) else 0
+    limit = max(spec.options.max_iter - used, 1)
+    return _with(spec, replace(spec.options, max_iter=limit), 0)
+
+
+def together(begun: Solution, rest: Solution) -> Solution:
+    """The solution of both parts."""
+    low = begun.evaluations or 0
+    return replace(
+        rest,
+        iterations=begun.iterations + rest.iterations,
+        rejects={name: count + begun.rejects[name] for name, count in rest.rejects.items()},
+        evaluations=low + (rest.evaluations or 0),
+        sample_evaluations=(begun.sample_evaluations or 0) + (rest.sample_evaluations or 0),
+        narrow_evaluations=max(low - 1, 0),
+    )
+
+
+def _with(spec: SolveSpec, options: Any, fixed: int) -> SolveSpec:
+    solver: Any = spec.solver
+    if fixed:
+        solver = dataclasses.replace(solver, fixed_iterations=options.fixed_iterations)
+    return replace(spec, solver=solver, options=options)
