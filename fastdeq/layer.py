@@ -64,7 +64,7 @@ class DEQLayer(nn.Module):
             iterations with 8-bit and bfloat16 products where the processor has them and they are
             faster, on a GPU bfloat16 ones from 512 features on; "float32": none; "mixed": at any
             size, or an error. A general cell with "mixed" is evaluated under autocast in bfloat16
-            until its residuals reach 2**-6, in the forward solve. Every reported residual, and
+            until its residuals reach 2**-7, in the forward solve. Every reported residual, and
             every iterate returned, is verified in float32.
         backend: "auto", or "reference", "cpp", "triton", "cuda" to insist on one implementation of
             the fused operations.

@@ -18,6 +18,7 @@ from .eager import Eagerly
 from .iteration import is_compiled
 from .low_precision import (
     LOW_EPSILON,
+    Latest,
     full_part,
     has_low_precision,
     in_bfloat16,
@@ -152,6 +153,8 @@ def _iterate(
         low = low_part(spec)
     if low is None:
         return solve(spec, rows, start, first, lambda f: f, 0.0)
-    begun = solve(low, bfloat16(rows), start, first, bfloat16, LOW_EPSILON)
+    values = Latest(bfloat16(rows))
+    begun = solve(low, values, start, first, bfloat16, LOW_EPSILON)
+    begun = values.stepped(begun, spec.options)
     rest = solve(full_part(spec, begun), rows, begun.value, rows, lambda f: f, 0.0)
     return together(begun, rest)

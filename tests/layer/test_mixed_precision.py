@@ -24,7 +24,7 @@ class Cell(nn.Module):
     def forward(self, z, x):
         product = self.a(z)
         self.dtypes.append(product.dtype)
-        return torch.tanh(self.scale * product.float() + x)
+        return torch.tanh(self.scale * product.to(x.dtype) + x)
 
 
 def low(cell):
