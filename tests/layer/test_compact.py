@@ -353,3 +353,38 @@ def test_dimensions_that_the_arguments_do_not_have(compact, message):
 def test_the_representation_names_it():
     assert "compact=(0, None)" in repr(DEQLayer(Cell(), compact=(0, None)))
     assert "compact" not in repr(DEQLayer(Cell()))
+
+
+def test_a_compiled_cell_is_compiled_a_few_times_whatever_the_sizes():
+    """Once for the first batch, once for any batch, and once for a single sample."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    cell = Cell()
+    x, _ = data(48)
+    gain = torch.linspace(0.1, 0.97, 48, dtype=torch.float64).unsqueeze(1)
+    compiled = torch.compile(Plain(cell.a), backend=backend)
+    layer = DEQLayer(compiled, solver="picard", tol=1e-8, max_iter=2000, compact=True)
+    torch._dynamo.reset()
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        z = layer(leaf, gain)
+        assert "left out" in layer.last_solution.path
+        z.sum().backward()
+    assert len(graphs) <= 3
+    expected = DEQLayer(cell, solver="picard", tol=1e-8, max_iter=2000)(x, gain)
+    torch.testing.assert_close(z, expected, atol=1e-6, rtol=1e-6)
+
+
+class Plain(nn.Module):
+    """As :class:`Cell`, without a count."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = a
+
+    def forward(self, z, x, gain):
+        return torch.tanh(gain * (z @ self.a.t()) + x)

@@ -48,3 +48,26 @@ def test_the_error_that_a_residual_stands_for(tmp_path):
     assert converged == "True"
     assert 0.9e-4 < float(residual) <= 1e-4
     assert 0.9 < 100 - float(value) < 1.01  # an error of 1e-2
+
+
+def test_recipes_for_loops_and_recurrences(tmp_path):
+    recipes = [e for e in examples("docs/usage.md") if "keep_solutions" in e]
+    assert len(recipes) == 2
+    setting = """
+import torch
+from torch import nn
+from fastdeq import DEQLayer
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.linear(z) + x)
+cell, xs = Cell(), torch.randn(7, 3, 4)
+batches = [(x, None) for x in torch.randn(100, 5, 4)]
+"""
+    training = recipes[0].replace("    ...\n", "    layer(x).sum().backward()\n")
+    forward, backward = run(setting + training, tmp_path).splitlines()
+    assert forward.startswith("forward: 100.0% converged")
+    assert backward.startswith("adjoint: 100.0% converged")
+    assert int(run(setting + recipes[1], tmp_path)) > 0
