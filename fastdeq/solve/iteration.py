@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends import extension
 from ..solution import Solution
 from ..solvers import SOLVERS, SolveOptions, Solver
+from .packing import RowMap
 from .trend import Trend
 
 _SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
@@ -48,16 +49,23 @@ def iterate(
     value None stands for zeros.
 
     ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
-    keeps is left to it; it must not write there itself.
+    keeps is left to it; it must not write there itself. Where it takes parts, each has memory of
+    its own, and what it returns is read where it lies.
     """
     module = extension.module
     assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
-    iteration = module.Iteration(start, options, sizes, offset, scale)
-    value = _resolved(first(iteration.point()))  # nothing here holds a point
-    while iteration.advance(value):
-        del value  # a state that need not wait for the next one
-        value = _resolved(f(iteration.point()))
+    by_parts = f if isinstance(f, RowMap) and f.takes_parts and len(sizes) > 1 else None
+    iteration = module.Iteration(start, options, sizes, offset, scale, by_parts is not None)
+    goes_on = iteration.advance(_resolved(first(iteration.point())))
+    # Nothing here holds a point, or a value until the next one is there.
+    while goes_on:
+        if by_parts is not None:
+            values = by_parts.of_parts(iteration.points())
+            goes_on = iteration.advance([_resolved(v) for v in values])
+            del values
+        else:
+            goes_on = iteration.advance(_resolved(f(iteration.point())))
     best, status, iterations, residual, rejects, rate, middle, end = iteration.result()
     plain = options.window == 0 and solver.name != "heavy_ball"
     damping = options.damping

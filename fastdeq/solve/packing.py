@@ -74,8 +74,9 @@ class Packing:
             torch.contiguous_format if order is None else _CHANNELS_LAST[p.dim()]
             for p, order in zip(parts, self._orders, strict=True)
         ]
-        leading = self.dims == tuple(range(len(self.dims)))
-        self._are_views = len(parts) == 1 and leading and self.dtypes[0] == self.dtype
+        #: Whether the first dimensions count samples, so that rows can be seen as states.
+        self.is_leading = self.dims == tuple(range(len(self.dims)))
+        self._are_views = len(parts) == 1 and self.is_leading and self.dtypes[0] == self.dtype
         self._is_rows = self._are_views and not self.is_tuple and self.ndims == (2,)
         self._is_rows &= self.dims == (0,)
 
@@ -91,6 +92,14 @@ class Packing:
         ):
             # The map may return a tensor that it holds, and what is differentiated is of its own.
             return state.view_as(state) if torch.is_grad_enabled() else state
+        rows = [
+            r if r.dtype == self.dtype else r.to(self.dtype) for r in self.parts_of(state, what)
+        ]
+        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
+
+    def parts_of(self, state: Any, what: str = "the cell") -> list[Tensor]:
+        """The rows ``(B, n_p)`` of each part, in its own dtype; views where they can be. Raises as
+        :meth:`pack`."""
         parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
         if not all(isinstance(p, Tensor) for p in parts):
             kinds = ", ".join(type(p).__name__ for p in parts)
@@ -104,8 +113,7 @@ class Packing:
             )
         if any(p.device != self.device for p in parts):
             raise ValueError(f"{what} returned a state on another device than {self.device}.")
-        rows = [self._rows_of(p, i) for i, p in enumerate(parts)]
-        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
+        return [self._rows_of(p, i) for i, p in enumerate(parts)]
 
     def unpack(self, rows: Tensor) -> Any:
         """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
@@ -121,12 +129,20 @@ class Packing:
         )
         return parts if self.is_tuple else parts[0]
 
+    def state_of(self, rows: list[Tensor]) -> Any:
+        """The state whose parts are ``rows``, ``(B, n_p)`` contiguous: views, but for parts that
+        have another dtype than rows. For dimensions that :attr:`is_leading`."""
+        parts = tuple(
+            self._part_of(r, i).to(self.dtypes[i], memory_format=torch.preserve_format)
+            for i, r in enumerate(rows)
+        )
+        return parts if self.is_tuple else parts[0]
+
     def _rows_of(self, part: Tensor, i: int) -> Tensor:
         order = self._orders[i]
         if order is not None:  # in the order in which its entries lie in memory
             part = part.permute(order)
-        rows = as_rows(part, self.dims)
-        return rows if rows.dtype == self.dtype else rows.to(self.dtype)
+        return as_rows(part, self.dims)
 
     def _part_of(self, rows: Tensor, i: int) -> Tensor:
         order, shape = self._orders[i], self.shapes[i]
@@ -135,16 +151,41 @@ class Packing:
         part = from_rows(rows, [shape[d] for d in order], self.dims)
         return part.movedim(-1, 1)
 
-    def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
-        """``f`` on states as a map of rows; raises :class:`ArgumentWrittenError`."""
+    def rowwise(self, f: Callable[[Any], Any]) -> RowMap:
+        """``f`` on states as a map of rows."""
+        return RowMap(self, f)
 
-        def rows_map(rows: Tensor) -> Tensor:
-            if self.copies:
-                return self.pack(f(self.unpack(rows)))
-            version = rows._version
-            value = self.pack(f(self.unpack(rows)))
-            if rows._version != version:
-                raise ArgumentWrittenError
-            return value
 
-        return rows_map
+class RowMap:
+    """A map f of states as a map of rows ``(B, n)``; of their parts too where it `takes_parts`.
+
+    Raises:
+        ArgumentWrittenError: f wrote to the state, unless its packing ``copies``.
+    """
+
+    def __init__(self, packing: Packing, f: Callable[[Any], Any]):
+        self._packing, self._f = packing, f
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        packing = self._packing
+        if packing.copies:
+            return packing.pack(self._f(packing.unpack(rows)))
+        version = rows._version
+        value = packing.pack(self._f(packing.unpack(rows)))
+        if rows._version != version:
+            raise ArgumentWrittenError
+        return value
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether f can see the parts of a state where they lie."""
+        return self._packing.is_leading and not self._packing.copies
+
+    def of_parts(self, rows: list[Tensor]) -> list[Tensor]:
+        """f of a state whose parts are ``rows``, ``(B, n_p)`` contiguous each, as such parts, of
+        any dtype and with any distance from row to row."""
+        versions = [r._version for r in rows]
+        value = self._packing.parts_of(self._f(self._packing.state_of(rows)))
+        if [r._version for r in rows] != versions:
+            raise ArgumentWrittenError
+        return value
