@@ -13,6 +13,7 @@
 #include "cpu/iteration_history.h"
 #include "cpu/iteration_judge.h"
 #include "cpu/iteration_layout.h"
+#include "cpu/kept_pages.h"
 #include "cpu/threads.h"
 
 namespace fastdeq {
@@ -286,6 +287,7 @@ std::unique_ptr<Iteration> Iteration::make(const at::Tensor& start, const SolveO
   TORCH_CHECK(options.solver != Solver::kEnergy && options.solver != Solver::kMinres,
               "these steps are for affine cells");
   TORCH_CHECK(!apart || !offset.defined(), "an offset is for parts in one row");
+  keep_pages_for(int64_t(start.numel() * start.element_size()));
   if (start.scalar_type() == at::kDouble) {
     return std::make_unique<IterationOf<double>>(start, options, parts, apart, offset, scale);
   }
