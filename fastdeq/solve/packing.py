@@ -77,19 +77,23 @@ class Packing:
         #: Whether the first dimensions count samples, so that rows can be seen as states.
         self.is_leading = self.dims == tuple(range(len(self.dims)))
         self._are_views = len(parts) == 1 and self.is_leading and self.dtypes[0] == self.dtype
-        self._is_rows = self._are_views and not self.is_tuple and self.ndims == (2,)
-        self._is_rows &= self.dims == (0,)
+        # One tensor whose memory is that of its rows; and, where it is not its rows, their shape.
+        self._is_one = self._are_views and not self.is_tuple and self._orders[0] is None
+        self._is_rows = self._is_one and self.ndims == (2,) and self.dims == (0,)
+        self._rows_shape = (math.prod(batch_shape(parts[0], self.dims)), self.sizes[0])
 
     def pack(self, state: Any, what: str = "the cell") -> Tensor:
         """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
-        if (  # the usual case of small states, for which the rest would take long
-            self._is_rows
+        if (  # the usual case, for which the rest would take long where states are small
+            self._is_one
             and type(state) is Tensor
             and not self.copies
             and state.shape == self.shapes[0]
             and state.dtype == self.dtype
             and state.device == self.device
         ):
+            if not self._is_rows:
+                return state.reshape(self._rows_shape)
             # The map may return a tensor that it holds, and what is differentiated is of its own.
             return state.view_as(state) if torch.is_grad_enabled() else state
         rows = [
@@ -117,8 +121,8 @@ class Packing:
 
     def unpack(self, rows: Tensor) -> Any:
         """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
-        if self._is_rows and not self.copies:
-            return rows
+        if self._is_one and not self.copies:
+            return rows if self._is_rows else rows.reshape(self.shapes[0])
         if self._are_views and not self.copies:
             whole = self._part_of(rows, 0)
             return (whole,) if self.is_tuple else whole
