@@ -72,26 +72,39 @@ at::Tensor to_tensor(py::handle object) {
 
 std::unique_ptr<Iteration> make(py::handle start, const py::object& options,
                                 const std::vector<int64_t>& parts, py::handle offset,
-                                py::handle scale) {
+                                py::handle scale, bool apart) {
   const c10::InferenceMode off(false);  // the versions of the point are to be counted
-  return Iteration::make(THPVariable_Unpack(start.ptr()), options_of(options), parts,
+  return Iteration::make(THPVariable_Unpack(start.ptr()), options_of(options), parts, apart,
                          to_tensor(offset), to_tensor(scale));
 }
 
 int64_t advance(Iteration& iteration, py::handle value) {
-  const at::Tensor t = to_tensor(value);
-  TORCH_CHECK(!t.defined() || is_plain(t),
-              "the map returned other than a dense tensor for a state that is one");
+  std::vector<at::Tensor> given;
+  if (py::isinstance<py::list>(value)) {
+    for (const py::handle part : value) given.push_back(to_tensor(part));
+  } else if (!value.is_none()) {
+    given.push_back(to_tensor(value));
+  }
+  for (const at::Tensor& t : given) {
+    TORCH_CHECK(is_plain(t), "the map returned other than a dense tensor for a state that is one");
+  }
   const py::gil_scoped_release unlocked;
   const c10::InferenceMode off(false);
   const at::AutoDispatchBelowADInplaceOrView below;  // no history, whatever grad mode is
-  return iteration.advance(t);
+  return iteration.advance(given);
 }
 
-// A tensor of its own on the same memory, so that whether somebody holds it can be seen.
+// Tensors of their own on the same memory, so that whether somebody holds it can be seen.
 py::object point(const Iteration& iteration) {
   const c10::InferenceMode off(false);
-  return to_python(iteration.point().detach());
+  return to_python(iteration.point());
+}
+
+py::list points(const Iteration& iteration) {
+  const c10::InferenceMode off(false);
+  py::list parts;
+  for (const at::Tensor& part : iteration.points()) parts.append(to_python(part));
+  return parts;
 }
 
 py::tuple result(const Iteration& iteration) {
@@ -106,14 +119,18 @@ py::tuple result(const Iteration& iteration) {
 void bind_iteration(py::module_& m) {
   py::class_<Iteration>(m, "Iteration", "The iterations of a general map between its evaluations.")
       .def(py::init(&make), py::arg("start"), py::arg("options"), py::arg("parts"),
-           py::arg("offset") = py::none(), py::arg("scale") = py::none())
+           py::arg("offset") = py::none(), py::arg("scale") = py::none(), py::arg("apart") = false)
       .def_static("supports", &supports, py::arg("start"),
                   "Whether there are iterations for rows like these.")
       .def("point", &point, "Where to evaluate the map, (B, n).")
-      .def("advance", &advance, py::arg("value"),
-           "Takes the map's value there, (B, n), None for zeros; how many samples go on.")
-      .def("running", [](const Iteration& iteration) { return to_python(iteration.running()); },
-           "Which samples go on, int64.")
+      .def("points", &points, "The same as a list of parts, (B, n_p) each.")
+      .def(
+          "advance", &advance, py::arg("value"),
+          "Takes the map's value there, (B, n), a list of parts (B, n_p), or None for zeros; how "
+          "many samples go on.")
+      .def(
+          "running", [](const Iteration& iteration) { return to_python(iteration.running()); },
+          "Which samples go on, int64.")
       .def("result", &result,
            "value, status, iterations, residual, rejects, rate, middle, end: per sample.");
 }

@@ -12,6 +12,8 @@
 #include "cpu/engine.h"
 #include "cpu/iteration_history.h"
 #include "cpu/iteration_judge.h"
+#include "cpu/iteration_layout.h"
+#include "cpu/kept_pages.h"
 #include "cpu/threads.h"
 
 namespace fastdeq {
@@ -19,8 +21,6 @@ namespace {
 
 // Numbers that a thread reads or writes at least: some 30 microseconds.
 constexpr int64_t kGrain = 262144;
-// Rows that are divided among threads are so in parts of this length.
-constexpr int64_t kPart = 32768;
 
 template <typename T>
 const EngineFor<T>& rows_engine() {
@@ -31,21 +31,18 @@ const EngineFor<T>& rows_engine() {
   }
 }
 
-// Entries [begin, end) of the rows, all in one part of the state.
-struct Range {
-  int64_t part, begin, end;
-};
-
 template <typename T>
 class IterationOf : public Iteration {
  public:
   IterationOf(const at::Tensor& start, const SolveOptions& options,
-              const std::vector<int64_t>& parts, const at::Tensor& offset, const at::Tensor& scale)
+              const std::vector<int64_t>& parts, bool apart, const at::Tensor& offset,
+              const at::Tensor& scale)
       : judge_(options, start.size(0), parts.size()),
         history_(options.window, start.size(0), start.size(1)),
+        layout_(parts, start.size(0), start.size(1), apart),
         batch_(start.size(0)),
         size_(start.size(1)),
-        point_(start.clone(at::MemoryFormat::Contiguous)),
+        point_(at::empty(start.sizes(), start.options())),
         best_(at::empty_like(point_)) {
     if (offset.defined()) {
       TORCH_CHECK(offset.sizes() == start.sizes() && scale.sizes() == start.sizes().slice(0, 1),
@@ -53,41 +50,27 @@ class IterationOf : public Iteration {
       offset_ = offset.to(start.scalar_type()).contiguous();
       scale_ = scale.to(start.scalar_type()).contiguous();
     }
-    for (int64_t b = 0; b < batch_; ++b) {  // a row that is not finite starts from zero
-      T* const from = data(point_) + b * size_;
-      bool finite = true;
-      for (int64_t j = 0; j < size_; ++j) finite &= bool(std::isfinite(from[j]));
-      if (!finite) std::fill_n(from, size_, T(0));
-    }
     if (options.begins_with_momentum()) last_ = at::empty_like(point_);
-    int64_t begin = 0;
-    for (size_t p = 0; p < parts.size(); begin += parts[p++]) {
-      whole_.push_back({int64_t(p), begin, begin + parts[p]});
-      for (int64_t at = 0; at < parts[p]; at += kPart) {
-        ranges_.push_back({int64_t(p), begin + at, begin + std::min(parts[p], at + kPart)});
-      }
-    }
-    TORCH_CHECK(begin == size_, "parts of ", begin, " entries for rows of ", size_);
+    const std::vector<at::Tensor> begins = start.split_with_sizes(parts, 1);
+    const std::vector<at::Tensor> own = layout_.parts_of(point_);
+    for (size_t p = 0; p < own.size(); ++p) own[p].copy_(begins[p]);
+    T* const from = data(point_);
+    Sharing& sharing = sharing_of(Shared::kIteration, double(batch_ * size_));
+    parallel_for(batch_, std::max<int64_t>(1, kGrain / size_), sharing,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t b = begin; b < end; ++b) start_finite(b, from);
+                 });
   }
 
-  at::Tensor point() const override { return point_; }
+  at::Tensor point() const override { return layout_.rows_of(point_.detach()); }
+  std::vector<at::Tensor> points() const override { return layout_.parts_of(point_.detach()); }
 
-  int64_t advance(const at::Tensor& given) override {
-    at::Tensor value;
-    if (given.defined()) {
-      TORCH_CHECK(given.sizes() == point_.sizes() && given.is_cpu(), "the value must be ",
-                  point_.sizes(), " on the CPU, got ", given.sizes());
-      value = given.to(point_.scalar_type()).contiguous();
-    }
+  int64_t advance(const std::vector<at::Tensor>& given) override {
+    value_ = GivenValue<T>(given, layout_, point_.scalar_type());
     // What others hold, the value for one if it is a view of the point, is left to them.
     next_ = point_.storage().use_count() > 1 ? at::empty_like(point_) : point_;
-    rows_ = {value.defined() ? value.const_data_ptr<T>() : nullptr,
-             data_or_null(offset_),
-             data_or_null(scale_),
-             data(point_),
-             data(next_),
-             data(best_),
-             data_or_null(last_)};
+    rows_ = {data_or_null(offset_), data_or_null(scale_), data(point_),
+             data(next_),           data(best_),          data_or_null(last_)};
     make_entries();
     const int64_t numbers = std::max<int64_t>(1, size_ * (4 + 2 * most_ages_));
     Sharing& sharing = sharing_of(Shared::kIteration, double(batch_ * numbers));
@@ -101,6 +84,7 @@ class IterationOf : public Iteration {
       iterate_in_parts(sharing);
     }
     point_ = std::move(next_);
+    value_ = {};
     ++evaluations_;
     const auto& samples = judge_.samples;
     return std::count_if(samples.begin(), samples.end(), [](const auto& s) { return !s.ended; });
@@ -121,7 +105,7 @@ class IterationOf : public Iteration {
     const int64_t counters = counters_of(judge_.options.solver);
     const auto make = [&](at::TensorOptions kind) { return at::empty({batch_}, kind); };
     IterationResult r;
-    r.value = best_;
+    r.value = layout_.rows_of(best_);
     r.status = make(options.dtype(at::kChar));
     r.iterations = make(options.dtype(at::kInt));
     r.residual = make(options), r.rate = make(options);
@@ -147,7 +131,7 @@ class IterationOf : public Iteration {
   static T* data(const at::Tensor& t) { return t.mutable_data_ptr<T>(); }
   // Of the tensors, of which each access costs as much as a short row.
   struct Rows {
-    const T *value = nullptr, *offset = nullptr, *scale = nullptr;
+    const T *offset = nullptr, *scale = nullptr;
     T *point = nullptr, *next = nullptr, *best = nullptr, *last = nullptr;
   };
   static T* data_or_null(const at::Tensor& t) { return t.defined() ? data(t) : nullptr; }
@@ -177,25 +161,35 @@ class IterationOf : public Iteration {
   };
   Scratch scratch() const { return Scratch(judge_.options.window); }
 
+  // A row that is not finite starts from zero.
+  void start_finite(int64_t b, T* point) {
+    bool finite = true;
+    for (const Range& r : layout_.whole) finite &= is_finite(point + layout_.at(r.part, b), r.end);
+    for (const Range& r : layout_.whole) {
+      if (!finite) std::fill_n(point + layout_.at(r.part, b), r.end, T(0));
+    }
+  }
+
   void iterate(int64_t b, Scratch& scratch) {
     if (!sample(b).ended) {
       judge_.clear_sums(b);
-      for (const Range& range : whole_) {
+      for (const Range& range : layout_.whole) {
         measure(b, range, judge_.sums_of(b) + range.part * judge_.places, scratch);
       }
       judge_.decide(b, evaluations_, scratch.work.data());
     }
-    take_step(b, 0, size_, scratch);
+    for (const Range& range : layout_.whole) take_step(b, range, scratch);
     end_step(b);
   }
 
   // Few samples with long rows: the rows are divided among threads.
   void iterate_in_parts(Sharing& sharing) {
-    const int64_t count = int64_t(ranges_.size()), places = judge_.places;
+    const auto& ranges = layout_.ranges;
+    const int64_t count = int64_t(ranges.size()), places = judge_.places;
     const auto for_all = [&](auto body) {
       parallel_for(batch_ * count, 1, sharing, [&](int64_t begin, int64_t end) {
         Scratch own = scratch();
-        for (int64_t i = begin; i < end; ++i) body(i, i / count, ranges_[size_t(i % count)], own);
+        for (int64_t i = begin; i < end; ++i) body(i, i / count, ranges[size_t(i % count)], own);
       });
     };
     std::vector<double> partial(size_t(batch_ * count * places), 0.0);
@@ -207,33 +201,33 @@ class IterationOf : public Iteration {
       if (sample(b).ended) continue;
       judge_.clear_sums(b);
       for (int64_t i = 0; i < count; ++i) {
-        double* const sums = judge_.sums_of(b) + ranges_[size_t(i)].part * places;
+        double* const sums = judge_.sums_of(b) + ranges[size_t(i)].part * places;
         for (int64_t j = 0; j < places; ++j) {
           sums[j] += partial[size_t((b * count + i) * places + j)];
         }
       }
       judge_.decide(b, evaluations_, own.work.data());
     }
-    for_all([&](int64_t, int64_t b, const Range& range, Scratch& own) {
-      take_step(b, range.begin, range.end, own);
-    });
+    for_all(
+        [&](int64_t, int64_t b, const Range& range, Scratch& own) { take_step(b, range, own); });
     for (int64_t b = 0; b < batch_; ++b) end_step(b);
   }
 
-  // The evaluation of sample b, with so many of those before it.
-  RowEvaluation<T> evaluation(int64_t b, int64_t ages, Scratch& scratch) const {
+  // A part of the evaluation of sample b, with so many of those before it.
+  RowEvaluation<T> evaluation(int64_t b, int64_t part, int64_t ages, Scratch& scratch) const {
+    const int64_t at = layout_.at(part, b);
     RowEvaluation<T> e;
-    if (rows_.value != nullptr) e.value = rows_.value + b * size_;
+    e.value = value_.at(part, b);
     if (rows_.offset != nullptr) {
-      e.offset = rows_.offset + b * size_;
+      e.offset = rows_.offset + at;
       e.scale = rows_.scale[b];
     }
-    e.point = rows_.point + b * size_;
+    e.point = rows_.point + at;
     e.ages = ages;
     const T** const old = scratch.old.data();
     for (int64_t age = 0; age < ages; ++age) {
-      old[age] = history_.value(b, age + 1);
-      old[ages + age] = history_.residual(b, age + 1);
+      old[age] = history_.value(b, age + 1) + at;
+      old[ages + age] = history_.residual(b, age + 1) + at;
     }
     e.old_f = old;
     e.old_g = old + ages;
@@ -242,34 +236,36 @@ class IterationOf : public Iteration {
 
   // Adds to the sums of one part.
   void measure(int64_t b, const Range& range, double* sums, Scratch& scratch) {
-    const RowEvaluation<T> e = evaluation(b, judge_.ages(sample(b)), scratch);
+    const RowEvaluation<T> e = evaluation(b, range.part, judge_.ages(sample(b)), scratch);
     rows_engine<T>().measure(e, range.begin, range.end, sums);
   }
 
-  void take_step(int64_t b, int64_t begin, int64_t end, Scratch& scratch) {
+  void take_step(int64_t b, const Range& range, Scratch& scratch) {
     const IteratedSample& s = sample(b);
     const Decision& d = s.decision;
+    const int64_t at = layout_.at(range.part, b);
     const bool is_best = d.improved || evaluations_ == 0;
     if (!s.ended || is_best) {
       const bool mixes = d.step == Step::kMix && !d.stop;
       const int64_t ages = d.step == Step::kTakeBack ? 1 : mixes ? d.count : 0;
       RowStep<T> how;
       how.step = d.stop ? Step::kPlain : d.step;
-      how.best = is_best ? rows_.best + b * size_ : nullptr;
-      how.next = d.stop ? nullptr : rows_.next + b * size_;
-      how.last = rows_.last == nullptr ? nullptr : rows_.last + b * size_;
+      how.best = is_best ? rows_.best + at : nullptr;
+      how.next = d.stop ? nullptr : rows_.next + at;
+      how.last = rows_.last == nullptr ? nullptr : rows_.last + at;
       how.damping = T(judge_.options.damping);
       how.omega = d.omega;
       how.gamma = judge_.gamma_of(b);
       if (s.enters() && !d.stop) {
-        how.f = history_.next_value(b, s.count);
-        how.g = history_.next_residual(b, s.count);
+        how.f = history_.next_value(b, s.count) + at;
+        how.g = history_.next_residual(b, s.count) + at;
       }
-      rows_engine<T>().take_step(evaluation(b, ages, scratch), how, begin, end);
+      const RowEvaluation<T> e = evaluation(b, range.part, ages, scratch);
+      rows_engine<T>().take_step(e, how, range.begin, range.end);
     }
     if (s.ended && rows_.next != rows_.point) {  // it keeps its point
-      const T* const from = rows_.point + b * size_;
-      std::copy(from + begin, from + end, rows_.next + b * size_ + begin);
+      const T* const from = rows_.point + at;
+      std::copy(from + range.begin, from + range.end, rows_.next + at + range.begin);
     }
   }
 
@@ -284,8 +280,9 @@ class IterationOf : public Iteration {
 
   Judge<T> judge_;
   History<T> history_;
+  const Layout layout_;
   const int64_t batch_, size_;
-  std::vector<Range> whole_, ranges_;
+  GivenValue<T> value_;
   at::Tensor point_, best_, last_, next_, offset_, scale_;
   Rows rows_;
   int64_t evaluations_ = 0, most_ages_ = 0;
@@ -294,16 +291,18 @@ class IterationOf : public Iteration {
 }  // namespace
 
 std::unique_ptr<Iteration> Iteration::make(const at::Tensor& start, const SolveOptions& options,
-                                           const std::vector<int64_t>& parts,
+                                           const std::vector<int64_t>& parts, bool apart,
                                            const at::Tensor& offset, const at::Tensor& scale) {
   TORCH_CHECK(start.is_cpu() && start.dim() == 2, "the start must be (B, n) on the CPU");
   TORCH_CHECK(options.solver != Solver::kEnergy && options.solver != Solver::kMinres,
               "these steps are for affine cells");
+  TORCH_CHECK(!apart || !offset.defined(), "an offset is for parts in one row");
+  keep_pages_for(int64_t(start.numel() * start.element_size()));
   if (start.scalar_type() == at::kDouble) {
-    return std::make_unique<IterationOf<double>>(start, options, parts, offset, scale);
+    return std::make_unique<IterationOf<double>>(start, options, parts, apart, offset, scale);
   }
   TORCH_CHECK(start.scalar_type() == at::kFloat, "the start must be float32 or float64");
-  return std::make_unique<IterationOf<float>>(start, options, parts, offset, scale);
+  return std::make_unique<IterationOf<float>>(start, options, parts, apart, offset, scale);
 }
 
 }  // namespace fastdeq

@@ -28,19 +28,22 @@ struct IterationResult {
 class Iteration {
  public:
   // `start` is (B, n) float or double on the CPU; `parts` are the sizes of the parts of a
-  // row, one or more, each of which is to meet the tolerance.
-  // Where there is an `offset` (B, n), f is the map that is evaluated plus `scale` (B,) times it.
+  // row, one or more, each of which is to meet the tolerance; `apart`: each has memory of its own.
+  // Where there is an `offset`, which needs parts in one row, (B, n), f is the map that is
+  // evaluated plus `scale` (B,) times it.
   static std::unique_ptr<Iteration> make(const at::Tensor& start, const SolveOptions& options,
-                                         const std::vector<int64_t>& parts,
+                                         const std::vector<int64_t>& parts, bool apart,
                                          const at::Tensor& offset, const at::Tensor& scale);
   virtual ~Iteration() = default;
 
-  // (B, n): where to evaluate f. Its memory may be written to by the next `advance`, unless
-  // somebody still holds the tensor or a view of it then.
+  // (B, n): where to evaluate f; a tensor of its own on memory that the next `advance` may write
+  // to, unless somebody still holds the tensor or a view of it then. A copy where parts lie apart.
   virtual at::Tensor point() const = 0;
-  // Takes the value of the map at the point, (B, n), zeros where it is undefined, and returns how
-  // many samples go on. The values of others are not read from then on.
-  virtual int64_t advance(const at::Tensor& value) = 0;
+  // The same as its parts, (B, n_p) each: never copies.
+  virtual std::vector<at::Tensor> points() const = 0;
+  // Takes the value of the map at the point, (B, n) or each part (B, n_p), zeros where there is
+  // nothing, and returns how many samples go on. The values of others are not read from then on.
+  virtual int64_t advance(const std::vector<at::Tensor>& value) = 0;
   // Which samples go on, int64.
   virtual at::Tensor running() const = 0;
   virtual IterationResult result() const = 0;

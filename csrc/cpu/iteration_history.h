@@ -43,15 +43,13 @@ class History {
     }
   }
 
-  // Of sample b, so many evaluations ago, 1 or more.
-  T* value(int64_t b, int64_t age) const { return values_[place(b, age - 1)] + b * size_; }
-  T* residual(int64_t b, int64_t age) const { return residuals_[place(b, age - 1)] + b * size_; }
+  // States (B, n) with that of sample b, so many evaluations ago, 1 or more.
+  T* value(int64_t b, int64_t age) const { return values_[place(b, age - 1)]; }
+  T* residual(int64_t b, int64_t age) const { return residuals_[place(b, age - 1)]; }
 
   // Where the newest evaluation of sample b goes when `count` are kept with it.
-  T* next_value(int64_t b, int64_t count) const { return values_[next(b, count)] + b * size_; }
-  T* next_residual(int64_t b, int64_t count) const {
-    return residuals_[next(b, count)] + b * size_;
-  }
+  T* next_value(int64_t b, int64_t count) const { return values_[next(b, count)]; }
+  T* next_residual(int64_t b, int64_t count) const { return residuals_[next(b, count)]; }
   // It is there.
   void enter(int64_t b, int64_t count) {
     const int32_t newest = int32_t(next(b, count));

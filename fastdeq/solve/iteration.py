@@ -15,6 +15,7 @@ from ..backends import extension
 from ..solution import Solution
 from ..solvers import SOLVERS, SolveOptions, Solver
 from ..solvers.loop import Follow
+from .packing import RowMap
 from .trend import Trend
 
 _SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
@@ -50,21 +51,28 @@ def iterate(
     value None stands for zeros.
 
     ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
-    keeps is left to it; it must not write there itself. ``follow`` hears after each evaluation how
+    keeps is left to it; it must not write there itself. Where it takes parts, each has memory of
+    its own, and what it returns is read where it lies. ``follow`` hears after each evaluation how
     many samples go on, and which; values of the others are not read.
     """
     module = extension.module
     assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
-    iteration = module.Iteration(start, options, sizes, offset, scale)
-    value = _resolved(first(iteration.point()))  # nothing here holds a point
+    by_parts = f if isinstance(f, RowMap) and f.takes_parts and len(sizes) > 1 else None
+    iteration = module.Iteration(start, options, sizes, offset, scale, by_parts is not None)
+    left = iteration.advance(_resolved(first(iteration.point())))
     evaluations = 1
-    while left := iteration.advance(value):
-        del value  # a state that need not wait for the next one
+    # Nothing here holds a point, or a value until the next one is there.
+    while left:
+        evaluations += 1
         if follow is not None:
             follow(left, iteration.running)
-        value = _resolved(f(iteration.point()))
-        evaluations += 1
+        if by_parts is not None:
+            values = by_parts.of_parts(iteration.points())
+            left = iteration.advance([_resolved(v) for v in values])
+            del values
+        else:
+            left = iteration.advance(_resolved(f(iteration.point())))
     best, status, iterations, residual, rejects, rate, middle, end = iteration.result()
     plain = options.window == 0 and solver.name != "heavy_ball"
     damping = options.damping

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from ..ops.solve_common import working_dtype
-from ..samples import BatchDim, as_rows, batch_shape, from_rows, resolve
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _order(t: Tensor) -> tuple[int, ...] | None:
-    """The dimensions of t in the order of its memory, where that is channels_last; else None."""
-    layout = _CHANNELS_LAST.get(t.dim())
-    if layout is None or t.is_contiguous() or not t.is_contiguous(memory_format=layout):
-        return None
-    return (0, *range(2, t.dim()), 1)
+from ..samples import (
+    CHANNELS_LAST,
+    BatchDim,
+    as_rows,
+    batch_shape,
+    from_rows,
+    memory_order,
+    resolve,
+)
 
 
 class ArgumentWrittenError(Exception):
@@ -71,28 +69,41 @@ class Packing:
         self.device = parts[0].device
         self.dtype = working_dtype(*parts)
         self.copies = False
-        self._orders = [_order(p) if self.dims in ((), (0,)) else None for p in parts]
+        self._orders = [memory_order(p) if self.dims in ((), (0,)) else None for p in parts]
         self._formats = [
-            torch.contiguous_format if order is None else _CHANNELS_LAST[p.dim()]
+            torch.contiguous_format if order is None else CHANNELS_LAST[p.dim()]
             for p, order in zip(parts, self._orders, strict=True)
         ]
-        leading = self.dims == tuple(range(len(self.dims)))
-        self._are_views = len(parts) == 1 and leading and self.dtypes[0] == self.dtype
-        self._is_rows = self._are_views and not self.is_tuple and self.ndims == (2,)
-        self._is_rows &= self.dims == (0,)
+        #: Whether the first dimensions count samples, so that rows can be seen as states.
+        self.is_leading = self.dims == tuple(range(len(self.dims)))
+        self._are_views = len(parts) == 1 and self.is_leading and self.dtypes[0] == self.dtype
+        # One tensor whose memory is that of its rows; and, where it is not its rows, their shape.
+        self._is_one = self._are_views and not self.is_tuple and self._orders[0] is None
+        self._is_rows = self._is_one and self.ndims == (2,) and self.dims == (0,)
+        self._rows_shape = (math.prod(batch_shape(parts[0], self.dims)), self.sizes[0])
 
     def pack(self, state: Any, what: str = "the cell") -> Tensor:
         """Rows ``(B, n)``; raises unless ``state`` matches the example in shapes and device."""
-        if (  # the usual case of small states, for which the rest would take long
-            self._is_rows
+        if (  # the usual case, for which the rest would take long where states are small
+            self._is_one
             and type(state) is Tensor
             and not self.copies
             and state.shape == self.shapes[0]
             and state.dtype == self.dtype
             and state.device == self.device
         ):
+            if not self._is_rows:
+                return state.reshape(self._rows_shape)
             # The map may return a tensor that it holds, and what is differentiated is of its own.
             return state.view_as(state) if torch.is_grad_enabled() else state
+        rows = [
+            r if r.dtype == self.dtype else r.to(self.dtype) for r in self.parts_of(state, what)
+        ]
+        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
+
+    def parts_of(self, state: Any, what: str = "the cell") -> list[Tensor]:
+        """The rows ``(B, n_p)`` of each part, in its own dtype; views where they can be. Raises as
+        :meth:`pack`."""
         parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
         if not all(isinstance(p, Tensor) for p in parts):
             kinds = ", ".join(type(p).__name__ for p in parts)
@@ -106,13 +117,12 @@ class Packing:
             )
         if any(p.device != self.device for p in parts):
             raise ValueError(f"{what} returned a state on another device than {self.device}.")
-        rows = [self._rows_of(p, i) for i, p in enumerate(parts)]
-        return rows[0] if len(rows) == 1 and not self.copies else torch.cat(rows, 1)
+        return [self._rows_of(p, i) for i, p in enumerate(parts)]
 
     def unpack(self, rows: Tensor) -> Any:
         """The state that ``rows`` ``(B, n)`` hold, in the example's shapes and dtypes."""
-        if self._is_rows and not self.copies:
-            return rows
+        if self._is_one and not self.copies:
+            return rows if self._is_rows else rows.reshape(self.shapes[0])
         if self._are_views and not self.copies:
             whole = self._part_of(rows, 0)
             return (whole,) if self.is_tuple else whole
@@ -129,14 +139,23 @@ class Packing:
         other = copy.copy(self)
         other.batch = count
         other.shapes = [torch.Size((*s[:dim], count, *s[dim + 1 :])) for s in self.shapes]
+        other._rows_shape = (count, self.sizes[0])
         return other
+
+    def state_of(self, rows: list[Tensor]) -> Any:
+        """The state whose parts are ``rows``, ``(B, n_p)`` contiguous: views, but for parts that
+        have another dtype than rows. For dimensions that :attr:`is_leading`."""
+        parts = tuple(
+            self._part_of(r, i).to(self.dtypes[i], memory_format=torch.preserve_format)
+            for i, r in enumerate(rows)
+        )
+        return parts if self.is_tuple else parts[0]
 
     def _rows_of(self, part: Tensor, i: int) -> Tensor:
         order = self._orders[i]
         if order is not None:  # in the order in which its entries lie in memory
             part = part.permute(order)
-        rows = as_rows(part, self.dims)
-        return rows if rows.dtype == self.dtype else rows.to(self.dtype)
+        return as_rows(part, self.dims)
 
     def _part_of(self, rows: Tensor, i: int) -> Tensor:
         order, shape = self._orders[i], self.shapes[i]
@@ -145,16 +164,41 @@ class Packing:
         part = from_rows(rows, [shape[d] for d in order], self.dims)
         return part.movedim(-1, 1)
 
-    def rowwise(self, f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
-        """``f`` on states as a map of rows; raises :class:`ArgumentWrittenError`."""
+    def rowwise(self, f: Callable[[Any], Any]) -> RowMap:
+        """``f`` on states as a map of rows."""
+        return RowMap(self, f)
 
-        def rows_map(rows: Tensor) -> Tensor:
-            if self.copies:
-                return self.pack(f(self.unpack(rows)))
-            version = rows._version
-            value = self.pack(f(self.unpack(rows)))
-            if rows._version != version:
-                raise ArgumentWrittenError
-            return value
 
-        return rows_map
+class RowMap:
+    """A map f of states as a map of rows ``(B, n)``; of their parts too where it `takes_parts`.
+
+    Raises:
+        ArgumentWrittenError: f wrote to the state, unless its packing ``copies``.
+    """
+
+    def __init__(self, packing: Packing, f: Callable[[Any], Any]):
+        self._packing, self._f = packing, f
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        packing = self._packing
+        if packing.copies:
+            return packing.pack(self._f(packing.unpack(rows)))
+        version = rows._version
+        value = packing.pack(self._f(packing.unpack(rows)))
+        if rows._version != version:
+            raise ArgumentWrittenError
+        return value
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether f can see the parts of a state where they lie."""
+        return self._packing.is_leading and not self._packing.copies
+
+    def of_parts(self, rows: list[Tensor]) -> list[Tensor]:
+        """f of a state whose parts are ``rows``, ``(B, n_p)`` contiguous each, as such parts, of
+        any dtype and with any distance from row to row."""
+        versions = [r._version for r in rows]
+        value = self._packing.parts_of(self._f(self._packing.state_of(rows)))
+        if [r._version for r in rows] != versions:
+            raise ArgumentWrittenError
+        return value

@@ -6,6 +6,7 @@ A process of its own, because PyTorch reads ATEN_CPU_CAPABILITY once.
 from __future__ import annotations
 
 import engine_vector_bounds as bounds
+import iteration_cases
 import numpy as np
 import torch
 from engine_cases import Call, make_adjoint, make_forward, perturbed
@@ -37,6 +38,18 @@ def check_vector_functions(activate, engine: str) -> None:
         bounds.check_special_values(activate, dtype)
 
 
+def check_iterations() -> None:
+    """Rows that end within a vector or a block, and histories that are read in several passes."""
+    for i, size in enumerate((*SIZES, 1041)):
+        for dtype, tol in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
+            window, damping = (1, 4, 5, 11)[i % 4], (1.0, 0.8)[i % 2]
+            for solver in (Picard(damping), Anderson(window, damping)):
+                case = make_forward(3, size, dtype, rate=0.7)
+                call = Call(solver, tol, 90)
+                actual = iteration_cases.run(case, call, "iteration")
+                check_agreement(case, call, actual, case.reference(call))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -50,6 +63,7 @@ def main() -> None:
                 for solver in (Picard(), Anderson(accelerate_above=0.3 * (i % 2))):
                     call = Call(solver, tol if size < 500 else 10 * tol, 90)
                     check_agreement(case, call, case.engine(call), case.reference(call))
+    check_iterations()
     case, call = make_forward(7, 33, torch.float32), Call(Picard(), 1e-4, 90)
     try:
         check_agreement(case, call, perturbed(case, "row").engine(call), case.reference(call))
