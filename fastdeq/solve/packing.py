@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -169,22 +170,25 @@ class Packing:
         return RowMap(self, f)
 
 
+@dataclass(frozen=True, eq=False)
 class RowMap:
     """A map f of states as a map of rows ``(B, n)``; of their parts too where it `takes_parts`.
+
+    A dataclass, so that what f closes over is found through it (``held.held_tensors``).
 
     Raises:
         ArgumentWrittenError: f wrote to the state, unless its packing ``copies``.
     """
 
-    def __init__(self, packing: Packing, f: Callable[[Any], Any]):
-        self._packing, self._f = packing, f
+    packing: Packing
+    f: Callable[[Any], Any]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        packing = self._packing
+        packing = self.packing
         if packing.copies:
-            return packing.pack(self._f(packing.unpack(rows)))
+            return packing.pack(self.f(packing.unpack(rows)))
         version = rows._version
-        value = packing.pack(self._f(packing.unpack(rows)))
+        value = packing.pack(self.f(packing.unpack(rows)))
         if rows._version != version:
             raise ArgumentWrittenError
         return value
@@ -192,13 +196,13 @@ class RowMap:
     @property
     def takes_parts(self) -> bool:
         """Whether f can see the parts of a state where they lie."""
-        return self._packing.is_leading and not self._packing.copies
+        return self.packing.is_leading and not self.packing.copies
 
     def of_parts(self, rows: list[Tensor]) -> list[Tensor]:
         """f of a state whose parts are ``rows``, ``(B, n_p)`` contiguous each, as such parts, of
         any dtype and with any distance from row to row."""
         versions = [r._version for r in rows]
-        value = self._packing.parts_of(self._f(self._packing.state_of(rows)))
+        value = self.packing.parts_of(self.f(self.packing.state_of(rows)))
         if [r._version for r in rows] != versions:
             raise ArgumentWrittenError
         return value
