@@ -72,10 +72,13 @@ class UnitRows(NamedTuple):
     largest: Tensor  # (B, 1)
 
     def factors(self) -> Tensor | None:
-        """``(B,)``: what the original rows were multiplied by; None unless these are finite numbers
-        above 0, as for rows that are finite and of no extreme size."""
+        """``(B,)``: what the original rows were multiplied by; None unless it is known, without
+        waiting for a device, that these are finite numbers above 0, as for rows that are finite and
+        of no extreme size."""
+        if self.norm.device.type != "cpu" or not may_look(self.norm):
+            return None
         factors = (1 / self.norm / self.largest)[:, 0]
-        usable = may_look(factors) and bool((factors.isfinite() & (factors > 0)).all())
+        usable = bool((factors.isfinite() & (factors > 0)).all())
         return factors if usable else None
 
     def restore(self, rows: Tensor) -> Tensor:

@@ -132,7 +132,10 @@ def _solve_adjoint(
         return g.clone() if found is None else g + found
 
     with torch.no_grad():
-        solution = spec.iterate(adjoint_map, expanded_zeros(g), lambda u: g)
+        if theta is None and spec.is_compiled(g):
+            solution = spec.iterate_affine(product, g, g.new_ones(len(g)))
+        else:
+            solution = spec.iterate(adjoint_map, expanded_zeros(g), lambda u: g)
     report(solution.with_value(unit.restore(solution.value)))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:

@@ -1,12 +1,13 @@
-"""The iteration of any map with the compiled extension: one call between two evaluations.
+"""The iteration of any map with compiled code: one call between two evaluations.
 
 ``solvers/loop.py`` is the specification; csrc/cpu/iteration.cpp has the steps of plain, heavy-ball
-and Anderson iteration for tensors on a CPU.
+and Anderson iteration for tensors on a CPU, kernels/iteration those for tensors on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +15,27 @@ from torch import Tensor
 from ..backends import extension
 from ..solution import Solution
 from ..solvers import SOLVERS, SolveOptions, Solver
+from . import triton_iteration
 from .trend import Trend
 
 _SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
 
 
 def is_compiled(solver: Solver, backend: str, start: Tensor) -> bool:
-    """Whether the extension has the iterations of ``solver`` for rows like ``start`` ``(B, n)``."""
+    """Whether there is compiled code for the iterations of ``solver`` from rows like ``start``
+    ``(B, n)``."""
+    if (
+        solver.name not in _SOLVERS
+        or SOLVERS.get(solver.name) is not type(solver)
+        or torch.compiler.is_compiling()
+        or start.numel() == 0
+    ):
+        return False
+    if triton_iteration.supports(solver, backend, start):
+        return True
     return (
         extension.module is not None
         and backend in ("auto", "cpp")
-        and solver.name in _SOLVERS
-        and SOLVERS.get(solver.name) is type(solver)
-        and not torch.compiler.is_compiling()
-        and start.numel() > 0
         and bool(extension.module.Iteration.supports(start))
     )
 
@@ -41,6 +49,7 @@ def iterate(
     first: Callable[[Tensor], Tensor | None],
     offset: Tensor | None = None,
     scale: Tensor | None = None,
+    backend: str = "auto",
 ) -> Solution:
     """``loop.solve`` of a solver that :func:`is_compiled`; ``first`` makes the first evaluation.
 
@@ -50,10 +59,9 @@ def iterate(
     ``f`` sees the memory of the iteration, ``(B, n)``, which later steps write to. A point that it
     keeps is left to it; it must not write there itself.
     """
-    module = extension.module
-    assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
-    iteration = module.Iteration(start, options, sizes, offset, scale)
+    kind = _kind(solver, backend, start)
+    iteration = kind(start, options, sizes, offset, scale)
     value = _resolved(first(iteration.point()))  # nothing here holds a point
     while iteration.advance(value):
         del value  # a state that need not wait for the next one
@@ -71,6 +79,13 @@ def iterate(
         observed_contraction=(rate - (1 - damping)) / damping if plain else None,
         trend=Trend(middle, end) if options.window else None,
     )
+
+
+def _kind(solver: Solver, backend: str, start: Tensor) -> Any:
+    if triton_iteration.supports(solver, backend, start):
+        return triton_iteration.kind()
+    assert extension.module is not None
+    return extension.module.Iteration
 
 
 def _resolved(value: Tensor | None) -> Tensor | None:

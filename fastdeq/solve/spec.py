@@ -122,8 +122,8 @@ class SolveSpec:
 
     def iterate(self, f: Map, start: Tensor, first: Map | None = None) -> Solution:
         """Solves ``z = f(z)``, f a map of rows ``(B, n)``; ``first`` makes the first evaluation,
-        where that is another way to the same value. Between two evaluations runs one call of the
-        compiled extension, or plain PyTorch.
+        where that is another way to the same value. Between two evaluations runs one call of
+        compiled code, or plain PyTorch.
 
         What f sees is the memory of the iteration; see ``iteration.iterate``. Rows without numbers,
         fake or on the meta device, are evaluated once: for shapes.
@@ -133,7 +133,8 @@ class SolveSpec:
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
         if self.is_compiled(start):
-            return iterate(f, start, self.solver, self.options, self.parts, first)
+            how = (self.solver, self.options, self.parts)
+            return iterate(f, start, *how, first, backend=self.backend)
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
             traced = Traced(self.solver, self.options.max_iter)
@@ -153,7 +154,7 @@ class SolveSpec:
         return replace(solution, solver=self.solver, trend=traced)
 
     def is_compiled(self, start: Tensor) -> bool:
-        """Whether the compiled extension iterates from rows like ``start`` ``(B, n)``."""
+        """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
         return is_compiled(self.solver, self.backend, start)
 
     def iterate_affine(
@@ -163,7 +164,7 @@ class SolveSpec:
         ``(B, n)`` and scale ``(B,)``, from zeros, where it :meth:`is_compiled`."""
         zeros = expanded_zeros(offset)
         how = (self.solver, self.options, self.parts)
-        return iterate(f, zeros, *how, lambda z: None, offset, scale)
+        return iterate(f, zeros, *how, lambda z: None, offset, scale, self.backend)
 
     def _shapes(self, rows: Tensor) -> Solution:
         count = rows.new_empty(len(rows), dtype=torch.int32)

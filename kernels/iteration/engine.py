@@ -10,7 +10,7 @@ iteration late, whether any sample still runs; with a fixed number of iterations
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -27,14 +27,12 @@ from ..steps import sample
 from ..steps.anderson_steps import REGISTERS
 from ..steps.sample import rows_tile
 from . import kernels, state
-
-DTYPES = (torch.float32, torch.float64)
-MAX_WINDOW = MAX_CAPACITY - 1
+from .begin import begin
 
 
 class Buffers(NamedTuple):
-    """What the kernels work on, see state.py; of one iteration, contiguous. What a solver does not
-    have stands for another of its dtype and is not touched."""
+    """What the kernels work on, see state.py, and the rows ``(B, n)`` of an evaluation; contiguous.
+    What a solver does not have is a tensor of the same dtype that is not touched."""
 
     value: Tensor
     offset: Tensor
@@ -85,14 +83,23 @@ def constants_of(options: SolveOptions, offset: bool, several: bool) -> dict[str
     }
 
 
+def is_one_launch(options: SolveOptions, size: int) -> bool:
+    """Whether an iteration of rows of that length is one launch, rather than three."""
+    columns: int = constants_of(options, False, False)["COLUMNS"]
+    return size <= state.ONE_LAUNCH and columns <= state.MOST_COLUMNS
+
+
 class Iteration:
-    """The iteration of ``z = f(z)`` from ``start`` ``(B, n)`` float32 or float64 on a GPU, for plain,
-    heavy-ball and Anderson steps.
+    """The iteration of ``z = f(z)`` from ``start`` ``(B, n)`` float32 or float64 on a GPU, for
+    plain, heavy-ball and Anderson steps.
 
     ``parts`` are the sizes of the parts of a row, one or more, each of which is to meet the
     tolerance. Where there is an ``offset`` ``(B, n)``, f is the map that is evaluated plus
     ``scale`` ``(B,)`` times it.
     """
+
+    dtypes: ClassVar = (torch.float32, torch.float64)
+    most_differences: ClassVar[int] = MAX_CAPACITY - 1  # of Anderson acceleration
 
     def __init__(
         self,
@@ -117,7 +124,8 @@ class Iteration:
             self._flag = DelayedFlag(start.device)
             self._runs = self._buffers.running.unbind()
             self._evaluations = 0
-            self._begin()
+            b = self._buffers
+            begin(b.settings, b.flags, b.numbers, options, self._point.dtype)
 
     def point(self) -> Tensor:
         """``(B, n)``: where to evaluate the map. Its memory may be written to by the next
@@ -177,9 +185,7 @@ class Iteration:
     def _rows(self, value: Tensor) -> Tensor:
         like = self._point
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-            raise RuntimeError(
-                "the map returned other than a dense tensor for a state that is one"
-            )
+            raise RuntimeError("the map returned other than a dense tensor for a state that is one")
         if value.shape != like.shape or value.device != like.device:
             raise RuntimeError(
                 f"the value must be {list(like.shape)} on {like.device}, got "
@@ -204,7 +210,7 @@ class Iteration:
 
         flags = empty(batch, sample.FLAGS.value, dtype=torch.int32)
         numbers = empty(batch, sample.NUMBERS.value)
-        long = empty(1, dtype=torch.int64)
+        none, long = point.new_empty(1), empty(1, dtype=torch.int64)
         if offset is not None:
             assert scale is not None
             if offset.shape != point.shape or scale.shape != point.shape[:1]:
@@ -215,13 +221,13 @@ class Iteration:
             scale = scale.detach().to(point.dtype).contiguous()
         columns = history.columns if history else 1
         return Buffers(
-            value=point,
-            offset=point if offset is None else offset,
-            scale=point if scale is None else scale,
-            point=point,
-            following=point,
+            value=none,
+            offset=none if offset is None else offset,
+            scale=none if scale is None else scale,
+            point=none,
+            following=none,
             best=torch.empty_like(point),
-            last=torch.empty_like(point) if self._options.solver == "heavy_ball" else point,
+            last=torch.empty_like(point) if self._options.solver == "heavy_ball" else none,
             settings=empty(state.SETTINGS.value),
             flags=flags,
             numbers=numbers,
@@ -235,31 +241,6 @@ class Iteration:
             gram=history.gram if history else numbers,
             gamma=history.gamma if history else numbers,
         )
-
-    def _begin(self) -> None:
-        o, b = self._options, self._buffers
-        limits = torch.finfo(self._point.dtype)
-        with on_device(self._point):
-            kernels.begin_kernel[(len(self._point),)](
-                settings=b.settings,
-                flags=b.flags,
-                numbers=b.numbers,
-                max_iter=o.updates,
-                patience=o.patience,
-                tol=o.tol,
-                atol=o.atol,
-                floor=constants.ROUNDING_FLOOR * limits.eps,
-                largest=limits.max**constants.SIZE_EXPONENT,
-                damping=o.damping,
-                radius=o.radius,
-                regularization=o.regularization,
-                rank_tolerance=o.rank_tolerance,
-                max_weight=o.max_weight,
-                safeguard=o.safeguard,
-                accelerate_above=o.accelerate_above,
-                PLAIN=int(o.accelerate_above > 0),
-                num_warps=1,
-            )
 
     def _iterate(self, buffers: Buffers, k: int, most: int, copies: int) -> None:
         batch, size = self._point.shape
@@ -277,7 +258,7 @@ class Iteration:
             **self._constants,
         }
         tile = self._tile
-        if size <= state.ONE_LAUNCH:
+        if is_one_launch(self._options, size):
             _launch(kernels.iterate_kernel, batch, arguments, tile)
             return
         _launch(kernels.sums_kernel, batch * self._chunks.count, arguments, tile)

@@ -47,7 +47,9 @@ class Rows(NamedTuple):
     best: Any
     last: Any  # heavy ball: the point before
     addresses: Any  # of the slots
-    to_value: Any  # entries from the address of a slot to the value of the sample, and to its residual
+    to_value: (
+        Any  # entries from the address of a slot to the value of the sample, and to its residual
+    )
     to_residual: Any
 
 

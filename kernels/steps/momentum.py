@@ -48,8 +48,7 @@ _HALVE_WITHIN = tl.constexpr(constants.HALVE_WITHIN)
 def _root(x):
     if x.dtype == tl.float32:  # where sqrt need not be rounded to nearest
         return tl.sqrt_rn(x)
-    else:
-        return tl.sqrt(x)
+    return tl.sqrt(x)
 
 
 @triton.jit

@@ -3,8 +3,6 @@ is needed, and none is used."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from compile_cases import (
     ARCHITECTURES,
@@ -14,41 +12,110 @@ from compile_cases import (
     resources,
 )
 
+from fastdeq import Anderson, HeavyBall, Picard
+from fastdeq.solvers import SolveOptions
+
 pytestmark = [pytest.mark.compiled, needs_triton]
 architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
-INTEGERS = {"running": "*i1", "flags": "*i32", "places": "*i32"}
-INTEGERS |= dict.fromkeys(("spans", "firsts", "addresses"), "*i64")
-SCALARS = ("settings", "numbers", "norms", "products", "gram", "gamma")
-INTEGERS |= dict.fromkeys(SCALARS, "*fp64")
+TYPES = {"running": "*i1", "flags": "*i32", "places": "*i32"}
+TYPES |= dict.fromkeys(("spans", "firsts", "addresses"), "*i64")
+TYPES |= dict.fromkeys(("settings", "numbers", "norms", "products", "gram", "gamma"), "*fp64")
+DIVIDED = ("sums_kernel", "decide_kernel", "step_kernel")
+AUTO = Anderson(window=10, first_window=2, accelerate_above=0.4)
 
 
-def compiled(name, arch, solver, size, dtype="fp32", *, offset=False, many=False, **more):
-    """One of the kernels as a launch has it, for rows of that length."""
-    import torch
+def compiled(name, arch, solver, size, dtype="fp32", *, offset=True, several=True, **more):
+    """One of the kernels as a launch has it, for rows of that length; by default with an offset,
+    and several parts of the state."""
     from fastdeq.kernels.iteration import engine, kernels
 
-    from fastdeq.solvers import SolveOptions
-
     options = SolveOptions.of(solver, tol=1e-4, max_iter=100)
-    types = {field: INTEGERS.get(field, f"*{dtype}") for field in engine.Buffers._fields}
+    buffers = {field: TYPES.get(field, f"*{dtype}") for field in engine.Buffers._fields}
     kernel = getattr(kernels, name)
-    tile = engine.tile_of(options, size)
-    constants = engine.constants_of(options, offset, many)
-    constants = {**constants, **({} if many else {"parts": 1}), "BLOCK": tile["BLOCK"]}
-    if not constants["COLUMNS"] and name == "decide_kernel":
-        tile = {"num_warps": 1}
-    signature = {"buffers": engine.Buffers(**types)}
-    signature, constants = (
-        {k: v for k, v in given.items() if k in kernel.arg_names}
-        for given in (signature, constants)
-    )
-    divisible = ["buffers", "length"] + ["size"] * (size % 16 == 0)
-    launch = {**{k: v for k, v in tile.items() if k != "BLOCK"}, **more}
+    launch = dict(engine.tile_of(options, size))
+    constants = engine.constants_of(options, offset, several)
+    constants |= {"BLOCK": launch.pop("BLOCK")} | ({} if several else {"parts": 1})
+    if name == "decide_kernel" and not constants["COLUMNS"]:
+        launch = {"num_warps": 1}
+    names = kernel.arg_names
+    divisible = ["buffers", "length", *(["size"] if size % 16 == 0 else [])]
     return compile_kernel(
         kernel,
         arch,
-        signature,
-        constants,
-        [k for k in divisible if k in kernel.arg_names],
-        **launch,
+        {"buffers": engine.Buffers(**buffers)},
+        {key: value for key, value in constants.items() if key in names},
+        [key for key in divisible if key in names],
+        **{**launch, **more},
     )
+
+
+def launches(solver, size):
+    from fastdeq.kernels.iteration import engine
+
+    one = engine.is_one_launch(SolveOptions.of(solver, tol=1e-4, max_iter=100), size)
+    return ("iterate_kernel",) if one else DIVIDED
+
+
+CASES = [
+    (Picard(), 1024, {}),
+    (Picard(damping=0.7), 1001, {}),
+    (Picard(fixed_iterations=9), 70_000, {"offset": False, "several": False}),
+    (HeavyBall(), 1024, {}),
+    (HeavyBall(), 70_001, {}),
+    (Anderson(window=1), 64, {"offset": False, "several": False}),
+    (Anderson(damping=0.7), 70_000, {}),
+    (AUTO, 1024, {}),
+    (AUTO, 70_001, {}),
+    (Anderson(window=32, damping=0.7), 4096, {}),
+    (Anderson(window=64, damping=0.7), 1001, {}),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "fp64"), (90, "fp32")])
+@pytest.mark.parametrize(("solver", "size", "how"), CASES, ids=lambda x: str(x)[:40])
+def test_an_iteration_fits_the_registers(solver, size, how, dtype, arch, tmp_path):
+    for name in launches(solver, size):
+        check_resources(compiled(name, arch, solver, size, dtype, **how), arch, tmp_path)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(90, "fp64"), (80, "fp32")])
+def test_the_solver_of_auto_fits_the_registers(dtype, arch, tmp_path):
+    for size in (1024, 70_001):
+        for name in launches(AUTO, size):
+            check_resources(compiled(name, arch, AUTO, size, dtype), arch, tmp_path)
+
+
+def test_an_iteration_is_one_launch_or_three():
+    assert launches(AUTO, 4096) == ("iterate_kernel",)
+    assert launches(AUTO, 4097) == DIVIDED
+    assert launches(Anderson(window=33), 8) == DIVIDED  # the small solve needs the registers
+
+
+@architectures
+def test_the_beginning_fits_the_registers(arch, tmp_path):
+    from fastdeq.kernels.iteration.begin import begin_kernel
+
+    floats = [p.name for p in begin_kernel.params if p.annotation_type]
+    signature = {"settings": "*fp64", "numbers": "*fp64", "flags": "*i32"}
+    signature |= dict.fromkeys(floats, "fp64")
+    assert {p.annotation_type for p in begin_kernel.params if p.name in floats} == {"fp64"}
+    kernel = compile_kernel(
+        begin_kernel, arch, signature, {"PLAIN": 1}, ["settings", "numbers", "flags"], num_warps=1
+    )
+    check_resources(kernel, arch, tmp_path)
+
+
+@architectures
+def test_rows_are_read_and_written_in_whole_vectors(arch):
+    """Where 16 divides n, also those of the history, whose addresses come from a table."""
+    kernel = compiled("step_kernel", arch, AUTO, 70_000)
+    ptx = kernel.asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
+    unaligned = compiled("step_kernel", arch, AUTO, 70_001).asm["ptx"]
+    assert "st.global.v4.b32" not in unaligned
+
+
+def test_a_spill_is_noticed(tmp_path):
+    kernel = compiled("iterate_kernel", 80, AUTO, 1024, maxnreg=32)
+    assert resources(kernel, tmp_path)["STACK"] > 0
