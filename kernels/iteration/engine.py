@@ -249,6 +249,7 @@ class Iteration:
             "batch": batch,
             "size": size,
             "length": self._chunks.length,
+            "unit": self._chunks.unit,
             "chunks": self._chunks.count,
             "parts": self._chunks.parts,
             "window": self._window,

@@ -60,13 +60,13 @@ def memory_of(i, buffers, chunks, window, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def span_of(buffers, chunk, length, size, MANY: tl.constexpr):
+def span_of(buffers, chunk, length, unit, size, MANY: tl.constexpr):
     """The first entry of a chunk, and the one after its last."""
     begin = tl.cast(chunk, tl.int64) * length
     end = tl.minimum(begin + length, tl.cast(size, tl.int64))
     if MANY:
-        begin = tl.load(buffers.spans + 2 * chunk)
-        end = tl.load(buffers.spans + 2 * chunk + 1)
+        begin = tl.load(buffers.spans + 2 * chunk) * unit
+        end = tl.load(buffers.spans + 2 * chunk + 1) * unit
     return begin, end
 
 
@@ -94,6 +94,7 @@ def iterate_kernel(
     batch,
     size,
     length,  # of a chunk
+    unit,  # of the entries where chunks begin
     chunks,
     parts,
     window,
@@ -116,7 +117,7 @@ def iterate_kernel(
     if runs:
         count = tl.load(memory.flags + sample.COUNT)
         for chunk in range(chunks):
-            begin, end = span_of(buffers, chunk, length, size, MANY)
+            begin, end = span_of(buffers, chunk, length, unit, size, MANY)
             measure(rows, memory, chunk, begin, end, count, OFFSET, COLUMNS, BLOCK)
         tl.debug_barrier()  # the sums are there
         goes_on = decide(
@@ -139,7 +140,7 @@ def iterate_kernel(
     if runs | (copies != 0):
         tl.debug_barrier()  # the decision is there
         for chunk in range(chunks):
-            begin, end = span_of(buffers, chunk, length, size, MANY)
+            begin, end = span_of(buffers, chunk, length, unit, size, MANY)
             take_step(
                 rows,
                 memory,
@@ -160,6 +161,7 @@ def sums_kernel(
     batch,
     size,
     length,
+    unit,
     chunks,
     window,
     OFFSET: tl.constexpr,
@@ -173,7 +175,7 @@ def sums_kernel(
     if runs_at(memory):
         rows = rows_of(i, buffers, batch, size, OFFSET)
         count = tl.load(memory.flags + sample.COUNT)
-        begin, end = span_of(buffers, chunk, length, size, MANY)
+        begin, end = span_of(buffers, chunk, length, unit, size, MANY)
         measure(rows, memory, chunk, begin, end, count, OFFSET, COLUMNS, BLOCK)
 
 
@@ -220,6 +222,7 @@ def step_kernel(
     batch,
     size,
     length,
+    unit,
     chunks,
     window,
     copies,
@@ -233,7 +236,7 @@ def step_kernel(
     i = tl.program_id(0).to(tl.int64) // chunks
     chunk = tl.program_id(0) % chunks
     memory = memory_of(i, buffers, chunks, window, COLUMNS)
-    begin, end = span_of(buffers, chunk, length, size, MANY)
+    begin, end = span_of(buffers, chunk, length, unit, size, MANY)
     take_step(
         rows_of(i, buffers, batch, size, OFFSET),
         memory,

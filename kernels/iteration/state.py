@@ -7,7 +7,8 @@ dtype of the state, float32 or float64.
     settings (SETTINGS,) float64      options of the solve
     flags (B, FLAGS) int32, numbers (B, NUMBERS) float64    columns of ../steps/sample.py and below
     running (2,) bool                 whether any sample runs after evaluation k, at k % 2
-    spans (C, 2) int64                entries of each chunk, which lie in one part of the state
+    spans (C, 2) int64                where each chunk begins and ends, in one part of the state, as
+                                      multiples of ``unit``
     firsts (parts + 1,) int64         the first chunk of each part
     norms (B, C, 2) float64           |g|^2 and |f|^2 of each chunk, g = f - z
     products (B, C, P) float64        <g, g_i> of each chunk with the residuals in the history
@@ -93,11 +94,13 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunks:
-    """How rows of size n are divided; see above."""
+    """How rows of size n are divided; see above. ``unit`` is 16 where rows can be read and written
+    in whole vectors, else 1."""
 
     length: int
     count: int
     parts: int
+    unit: int
     spans: Tensor | None
     firsts: Tensor | None
 
@@ -111,17 +114,19 @@ def chunks_of(sizes: Sequence[int], device: torch.device) -> Chunks:
         length = ONE_LAUNCH
     counts = [triton.cdiv(n, length) for n in sizes]
     if len(sizes) == 1:
-        return Chunks(length, counts[0], 1, None, None)
+        return Chunks(length, counts[0], 1, 1, None, None)
+    unit = 1 if any(n % 16 for n in sizes) else 16
     spans = torch.empty(sum(counts), 2, dtype=torch.int64, device=device)
     firsts = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=device)
     chunk = begin = 0
     for p, (n, count) in enumerate(zip(sizes, counts, strict=True)):
         rows = spans[chunk : chunk + count]
-        torch.arange(begin, begin + count * length, length, out=rows[:, 0])
-        torch.clamp(rows[:, 0] + length, max=begin + n, out=rows[:, 1])
+        first, step = begin // unit, length // unit
+        torch.arange(first, first + count * step, step, out=rows[:, 0])
+        torch.clamp(rows[:, 0] + step, max=(begin + n) // unit, out=rows[:, 1])
         chunk, begin = chunk + count, begin + n
         firsts[p + 1 :] += count
-    return Chunks(length, sum(counts), len(sizes), spans, firsts)
+    return Chunks(length, sum(counts), len(sizes), unit, spans, firsts)
 
 
 class History:

@@ -34,11 +34,14 @@ def compiled(name, arch, solver, size, dtype="fp32", *, offset=True, several=Tru
     kernel = getattr(kernels, name)
     launch = dict(engine.tile_of(options, size))
     constants = engine.constants_of(options, offset, several)
-    constants |= {"BLOCK": launch.pop("BLOCK")} | ({} if several else {"parts": 1})
+    constants |= {"BLOCK": launch.pop("BLOCK")}
+    aligned = size % 16 == 0  # and so is each part
+    constants |= {} if several else {"parts": 1}
+    constants |= {} if several and aligned else {"unit": 1}
     if name == "decide_kernel" and not constants["COLUMNS"]:
         launch = {"num_warps": 1}
     names = kernel.arg_names
-    divisible = ["buffers", "length", *(["size"] if size % 16 == 0 else [])]
+    divisible = ["buffers", "length", *(["size", "unit"] if aligned else [])]
     return compile_kernel(
         kernel,
         arch,
@@ -106,14 +109,20 @@ def test_the_beginning_fits_the_registers(arch, tmp_path):
 
 
 @architectures
-def test_rows_are_read_and_written_in_whole_vectors(arch):
-    """Where 16 divides n, also those of the history, whose addresses come from a table."""
-    kernel = compiled("step_kernel", arch, AUTO, 70_000)
-    ptx = kernel.asm["ptx"]
-    assert "ld.global.v4.b32" in ptx
-    assert "st.global.v4.b32" in ptx
-    unaligned = compiled("step_kernel", arch, AUTO, 70_001).asm["ptx"]
-    assert "st.global.v4.b32" not in unaligned
+@pytest.mark.parametrize("several", [False, True])
+def test_rows_are_read_and_written_in_whole_vectors(several, arch):
+    """Where 16 divides n and its parts, also those of the history, whose addresses come from a
+    table."""
+
+    def vectors(name, solver, size):
+        ptx = compiled(name, arch, solver, size, several=several).asm["ptx"]
+        return ptx.count("ld.global.v4.b32"), ptx.count("st.global.v4.b32")
+
+    # Eight entries to a thread, of value, offset and point; of the best iterate and the next point.
+    assert vectors("step_kernel", Picard(damping=0.7), 70_000) == (6, 4)
+    assert vectors("step_kernel", Picard(damping=0.7), 70_001)[1] == 0
+    for name in ("step_kernel", "sums_kernel"):  # but for the tables of addresses and of weights
+        assert vectors(name, AUTO, 70_000)[0] > vectors(name, AUTO, 70_001)[0]
 
 
 def test_a_spill_is_noticed(tmp_path):
