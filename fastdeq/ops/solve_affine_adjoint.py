@@ -99,7 +99,7 @@ def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
     largest = grad.abs().amax(1, keepdim=True) if grad.shape[1] else grad.new_ones(len(grad), 1)
     if least is not None:
         largest = torch.maximum(largest, least)
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = torch.where(largest == 0, 1.0, largest)  # NaN stays: such rows have no scale
     scaled = grad / largest
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     norm = torch.where(norm > 0, norm, 1.0) if least is None else norm.clamp(min=1.0)

@@ -24,7 +24,7 @@ def supports(solver: Solver, backend: str, start: Tensor) -> bool:
     if start.device.type == "cuda":
         if backend not in ("auto", "triton") or not _has_triton():
             return False
-    elif backend != "triton" or why_not_device("triton", start.device.type):
+    elif backend != "triton" or start.device.type != "cpu" or why_not_device("triton", "cpu"):
         return False
     if (
         type(start) not in (Tensor, nn.Parameter)

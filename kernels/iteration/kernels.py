@@ -88,7 +88,7 @@ def stay(memory):
     tl.store(memory.flags + STEP, STILL)
 
 
-@triton.jit(do_not_specialize=["k", "most", "copies", "chunks", "parts"])
+@triton.jit(do_not_specialize=["batch", "k", "most", "copies", "chunks", "parts"])
 def iterate_kernel(
     buffers,
     batch,
@@ -155,7 +155,7 @@ def iterate_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["batch", "chunks"])
 def sums_kernel(
     buffers,
     batch,
@@ -216,7 +216,7 @@ def decide_kernel(
         stay(memory)
 
 
-@triton.jit(do_not_specialize=["copies", "chunks"])
+@triton.jit(do_not_specialize=["batch", "copies", "chunks"])
 def step_kernel(
     buffers,
     batch,

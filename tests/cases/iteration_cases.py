@@ -78,16 +78,19 @@ def assert_same(actual: Solution, expected: Solution, tol: float = 1e-9) -> None
         assert actual.rejects[name].tolist() == counter.tolist()
 
 
-def run(case: Case, call: Call, engine: str) -> Outputs:
-    """``case`` by the engine "reference" or "iteration"."""
+def run(case: Case, call: Call, engine: str, backend: str = "auto", device: str = "cpu") -> Outputs:
+    """``case`` by the engine "reference" or "iteration", the latter on a device."""
     if engine == "reference":
         return case.run(call, "reference")
     f, start = as_map(case)
     limits = {"tol": call.tol, "atol": call.atol, "max_iter": call.max_iter}
-    solution = compiled(f, start, call.solver, patience=call.patience, **limits)
+    limits |= {"patience": call.patience, "backend": backend}
+    there = lambda z: f(z.cpu()).to(device)  # noqa: E731
+    solution = compiled(there, start.to(device), call.solver, **limits)
     value, own = solution.value, case.tensors()[1].dtype
     if isinstance(case, Adjoint):
-        value = value * case.scale()
+        value = value.cpu() * case.scale()
     counters = [c.unsqueeze(1) for c in solution.rejects.values()]
     rejects = torch.cat(counters, 1) if counters else solution.iterations.new_empty(len(value), 0)
-    return Outputs(value.to(own), solution.status, solution.iterations, solution.residual, rejects)
+    found = (value.to(own), solution.status, solution.iterations, solution.residual, rejects)
+    return Outputs(*(t.cpu() for t in found))

@@ -89,9 +89,8 @@ def test_each_part_has_to_meet_the_tolerance(solver, sizes, divided, device):
     how = {"tol": 1e-3, "max_iter": 30}
     each = check_against_the_loop(scaled, start * scale, solver, parts=sizes, **how)
     check_against_the_loop(scaled, start * scale, solver, parts=sizes, atol=1e-4, **how)
-    if solver is SOME[0]:
-        whole = cases.by_loop(scaled, start * scale, solver, **how)
-        assert (each.iterations > whole.iterations).any()
+    whole = cases.by_loop(scaled, start * scale, solver, **how)  # the parts make a difference
+    assert not torch.allclose(each.residual, whole.residual, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("count", [1, 6])
