@@ -63,7 +63,7 @@ def begin_kernel(
     tl.store(row.numbers + state.MIDDLE, float("inf"))
     if i == 0:
         tl.store(settings + state.MAX_ITER, max_iter)
-        tl.store(settings + state.PATIENCE, patience)
+        tl.store(settings + state.MOST_IDLE, patience)
         tl.store(settings + state.TOL, wide(tol))
         tl.store(settings + state.ATOL, wide(atol))
         tl.store(settings + state.FLOOR, wide(floor))

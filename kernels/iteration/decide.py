@@ -29,7 +29,7 @@ from .state import (
     LARGEST,
     MAX_ITER,
     MOMENTUM,
-    PATIENCE,
+    MOST_IDLE,
     PLAIN_STEP,
     RATE,
     STEP,
@@ -123,7 +123,7 @@ def decide(
     residual = residual_of(memory, chunks, parts, DTYPE, MANY)
     norm = residual.norm
     max_iter = tl.load(memory.settings + MAX_ITER).to(tl.int32)
-    patience = tl.load(memory.settings + PATIENCE).to(tl.int32)
+    patience = tl.load(memory.settings + MOST_IDLE).to(tl.int32)
     floor = tl.load(memory.settings + FLOOR)
     previous = tl.load(numbers + sample.NORM)
     before = Best(
