@@ -231,7 +231,7 @@ class Iteration:
             settings=empty(state.SETTINGS.value),
             flags=flags,
             numbers=numbers,
-            running=empty(2, dtype=torch.bool),
+            running=torch.zeros(2, dtype=torch.bool, device=point.device),
             spans=long if chunks.spans is None else chunks.spans,
             firsts=long if chunks.firsts is None else chunks.firsts,
             norms=empty(batch, chunks.count, 2),
