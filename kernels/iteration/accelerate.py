@@ -59,13 +59,15 @@ def mixing_weights(memory, row, square, slots, count, window, COLUMNS: tl.conste
     """Of the first ``count`` entries of the history, from the Gram matrix of those before."""
     column = tl.arange(0, COLUMNS)
     used = column < count
-    at = slots[:, None] * window + slots[None, :]
-    pairs = tl.load(memory.gram + at, mask=used[:, None] & used[None, :], other=0.0)
-    own = tl.load(memory.gram + slots * (window + 1), mask=used, other=0.0)
     one = tl.arange(0, 1)  # the only sample of this program
+    gram = memory.gram + one
+    at = (slots[:, None] * window + slots[None, :])[None, :, :]
+    both = (used[:, None] & used[None, :])[None, :, :]
+    pairs = tl.load(gram[:, None, None] + at, mask=both, other=0.0)
+    own = tl.load(gram[:, None] + (slots * (window + 1))[None, :], mask=used[None, :], other=0.0)
     weights, kept, accepted = solve_small(
-        pairs=pairs[None, :, :],
-        own=own[None, :],
+        pairs=pairs,
+        own=own,
         row=row[None, :],
         diagonal=square + 0.0 * one,
         column=column,
@@ -108,9 +110,6 @@ def accelerate(memory, residual, previous, goes, chunks, most, window, COLUMNS: 
     refills = tl.load(flags + sample.REFILLS) != 0
     count = tl.load(flags + sample.COUNT)
     held = tl.load(flags + HELD)
-    backs = tl.load(flags + sample.REJECTS)
-    caps = tl.load(flags + sample.REJECTS + 1)
-    cuts = tl.load(flags + sample.REJECTS + 2)
     trusted_norm = tl.load(numbers + sample.TRUSTED_NORM)
     # NaN compares false: "not (norm <= limit)" takes a step back that is not finite as well.
     slow = (norm <= tl.load(memory.settings + ACCELERATE_ABOVE) * previous) == 0
@@ -124,7 +123,6 @@ def accelerate(memory, residual, previous, goes, chunks, most, window, COLUMNS: 
     # An evaluation enters the place after the last, or that of the oldest.
     column = tl.arange(0, COLUMNS)
     slots = tl.load(memory.places + column, mask=column < held, other=0)
-    newer = tl.load(memory.places + column - 1, mask=(column > 0) & (column <= held), other=0)
     next_count = tl.minimum(count + 1, most)
     oldest = tl.sum(tl.where(column == held - 1, slots, 0), axis=0)
     slot = tl.where(next_count > held, held, oldest)
@@ -140,6 +138,11 @@ def accelerate(memory, residual, previous, goes, chunks, most, window, COLUMNS: 
             gamma = found.gamma
             rejected = found.rejected
             dropped = found.dropped
+    # Late, so that these take no registers from the solve.
+    newer = tl.load(memory.places + column - 1, mask=(column > 0) & (column <= held), other=0)
+    backs = tl.load(flags + sample.REJECTS)
+    caps = tl.load(flags + sample.REJECTS + 1)
+    cuts = tl.load(flags + sample.REJECTS + 2)
     tl.debug_barrier()
     if mixes:
         enter_history(memory, row, residual.square, slots, count, slot, window, COLUMNS)

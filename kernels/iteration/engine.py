@@ -21,7 +21,7 @@ from ...cuda_stream import DelayedFlag
 from ...solvers import SOLVERS
 from ...solvers.loop import finite_rows
 from ...solvers.solve_options import SolveOptions
-from ..anderson_mix import MAX_CAPACITY, tile_shape
+from ..anderson_mix import tile_shape
 from ..launch import on_device, window_of
 from ..steps import sample
 from ..steps.anderson_steps import REGISTERS
@@ -83,12 +83,6 @@ def constants_of(options: SolveOptions, offset: bool, several: bool) -> dict[str
     }
 
 
-def is_one_launch(options: SolveOptions, size: int) -> bool:
-    """Whether an iteration of rows of that length is one launch, rather than three."""
-    columns: int = constants_of(options, False, False)["COLUMNS"]
-    return size <= state.ONE_LAUNCH and columns <= state.MOST_COLUMNS
-
-
 class Iteration:
     """The iteration of ``z = f(z)`` from ``start`` ``(B, n)`` float32 or float64 on a GPU, for
     plain, heavy-ball and Anderson steps.
@@ -99,7 +93,8 @@ class Iteration:
     """
 
     dtypes: ClassVar = (torch.float32, torch.float64)
-    most_differences: ClassVar[int] = MAX_CAPACITY - 1  # of Anderson acceleration
+    #: Of Anderson acceleration. With 64 the small solve spills registers, beside all else.
+    most_differences: ClassVar[int] = 32
 
     def __init__(
         self,
@@ -259,7 +254,7 @@ class Iteration:
             **self._constants,
         }
         tile = self._tile
-        if is_one_launch(self._options, size):
+        if size <= state.ONE_LAUNCH:
             _launch(kernels.iterate_kernel, batch, arguments, tile)
             return
         _launch(kernels.sums_kernel, batch * self._chunks.count, arguments, tile)

@@ -68,10 +68,8 @@ MAX_WEIGHT = tl.constexpr(9)
 SAFEGUARD = tl.constexpr(10)
 ACCELERATE_ABOVE = tl.constexpr(11)
 
-# Rows up to this length are walked by one program from the sums to the step, in one launch, unless
-# the history has more columns: the registers are for the small solve then.
+# Rows up to this length are walked by one program from the sums to the step, in one launch.
 ONE_LAUNCH = 4096
-MOST_COLUMNS = 32
 LEAST_CHUNK = 2048
 MOST_CHUNKS = 1024  # about: of a longer row the chunks are longer
 # Up to so many numbers all slots of a history are taken at once.

@@ -20,7 +20,7 @@ SOLVERS = (
     Anderson(window=10, first_window=2),
     Anderson(window=4, first_window=1, accelerate_above=0.5),
     Anderson(regularization=1e-6, rank_tolerance=1e-4, max_weight=2.0, safeguard=1.0),
-    Anderson(window=64),  # above every size and every number of iterations
+    Anderson(window=32),  # above every size and every number of iterations
 )
 SOME = (Picard(damping=0.7), HeavyBall(), SOLVERS[8])
 
