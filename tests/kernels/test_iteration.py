@@ -4,10 +4,12 @@ Python, in float64."""
 import iteration_cases as cases
 import pytest
 import torch
-from fastdeq.kernels.iteration import state
+from fastdeq.kernels.iteration import engine, state
 from iteration_cases import assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeq import Anderson, HeavyBall, Neumann, Picard, Status
+from fastdeq.solvers import SolveOptions
 
 SOLVERS = (
     Picard(),
@@ -180,6 +182,38 @@ def test_samples_that_do_not_converge(solver, device):
         torch.testing.assert_close(actual.residual, expected.residual)
         for b in (0, 2):  # on a circle rounding decides which iterate is the best
             torch.testing.assert_close(actual.value[b], expected.value[b])
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch that touch numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_what_runs_between_two_evaluations(long, device, request, monkeypatch):
+    """One launch or three, and no operation of PyTorch."""
+    if long:
+        request.getfixturevalue("divided")
+    launches = []  # counted alone: the interpreter's own are operations of PyTorch
+    monkeypatch.setattr(engine, "_launch", lambda kernel, *_: launches.append(kernel))
+    f, start = cases.contraction(device)
+    options = SolveOptions.of(Picard(fixed_iterations=3), tol=1e-3, max_iter=3)
+    own = engine.Iteration(start, options, [start.shape[1]])
+    values = [f(own.point()) for _ in range(3)]
+    with Operations() as seen:
+        for value in values:
+            own.point()
+            assert own.advance(value)
+    assert len(launches) == (9 if long else 3)
+    assert seen.names == []
 
 
 def test_a_planted_error_is_noticed(monkeypatch, device):
