@@ -72,10 +72,13 @@ class UnitRows(NamedTuple):
     largest: Tensor  # (B, 1)
 
     def factors(self) -> Tensor | None:
-        """``(B,)``: what the original rows were multiplied by; None unless these are finite numbers
-        above 0, as for rows that are finite and of no extreme size."""
+        """``(B,)``: what the original rows were multiplied by; None unless it is known, without
+        waiting for a device, that these are finite numbers above 0, as for rows that are finite and
+        of no extreme size."""
+        if self.norm.device.type != "cpu" or not may_look(self.norm):
+            return None
         factors = (1 / self.norm / self.largest)[:, 0]
-        usable = may_look(factors) and bool((factors.isfinite() & (factors > 0)).all())
+        usable = bool((factors.isfinite() & (factors > 0)).all())
         return factors if usable else None
 
     def restore(self, rows: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
     largest = grad.abs().amax(1, keepdim=True) if grad.shape[1] else grad.new_ones(len(grad), 1)
     if least is not None:
         largest = torch.maximum(largest, least)
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = torch.where(largest == 0, 1.0, largest)  # NaN stays: such rows have no scale
     scaled = grad / largest
     norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     norm = torch.where(norm > 0, norm, 1.0) if least is None else norm.clamp(min=1.0)

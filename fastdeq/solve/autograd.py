@@ -117,15 +117,17 @@ def _solve_adjoint(
 
         return None if parts is None else parts(samples, expected, run)
 
+    def products() -> Product:
+        if parts is None:
+            return product
+        return Unfinished(product, lambda s, *_: narrow(s), len(at), asks_value=False)
+
     unit = unit_rows(grad)
     if theta is None and spec.is_compiled(grad) and (scale := unit.factors()) is not None:
         norm, largest = unit.norm, unit.largest
         del unit
-        products: Product = product
-        if parts is not None:
-            products = Unfinished(product, lambda s, *_: narrow(s), len(at), asks_value=False)
         with torch.no_grad():
-            solution = spec.iterate_affine(products, grad, scale)
+            solution = spec.iterate_affine(products(), grad, scale)
         value: Tensor = solution.value.mul_(norm).mul_(largest)
         report(replace(solution, path=path_of(solution)))
         return value.clone()
@@ -144,7 +146,10 @@ def _solve_adjoint(
     if parts is not None and theta is None:
         iterated = Unfinished(adjoint_map, narrow_map, len(at), asks_value=False)
     with torch.no_grad():
-        solution = without_first(spec.iterate(iterated, expanded_zeros(g), lambda u: g))
+        if theta is None and spec.is_compiled(g):
+            solution = spec.iterate_affine(products(), g, g.new_ones(len(g)))
+        else:
+            solution = without_first(spec.iterate(iterated, expanded_zeros(g), lambda u: g))
     report(replace(solution, value=unit.restore(solution.value), path=path_of(solution)))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:

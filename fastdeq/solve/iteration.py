@@ -1,12 +1,13 @@
-"""The iteration of any map with the compiled extension: one call between two evaluations.
+"""The iteration of any map with compiled code: one call between two evaluations.
 
 ``solvers/loop.py`` is the specification; csrc/cpu/iteration.cpp has the steps of plain, heavy-ball
-and Anderson iteration for tensors on a CPU.
+and Anderson iteration for tensors on a CPU, kernels/iteration those for tensors on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..backends import extension
 from ..solution import Solution
 from ..solvers import SOLVERS, SolveOptions, Solver
 from ..solvers.loop import Follow
+from . import triton_iteration
 from .packing import RowMap
 from .trend import Trend
 
@@ -22,14 +24,20 @@ _SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
 
 
 def is_compiled(solver: Solver, backend: str, start: Tensor) -> bool:
-    """Whether the extension has the iterations of ``solver`` for rows like ``start`` ``(B, n)``."""
+    """Whether there is compiled code for the iterations of ``solver`` from rows like ``start``
+    ``(B, n)``."""
+    if (
+        solver.name not in _SOLVERS
+        or SOLVERS.get(solver.name) is not type(solver)
+        or torch.compiler.is_compiling()
+        or start.numel() == 0
+    ):
+        return False
+    if triton_iteration.supports(solver, backend, start):
+        return True
     return (
         extension.module is not None
         and backend in ("auto", "cpp")
-        and solver.name in _SOLVERS
-        and SOLVERS.get(solver.name) is type(solver)
-        and not torch.compiler.is_compiling()
-        and start.numel() > 0
         and bool(extension.module.Iteration.supports(start))
     )
 
@@ -44,6 +52,7 @@ def iterate(
     offset: Tensor | None = None,
     scale: Tensor | None = None,
     follow: Follow | None = None,
+    backend: str = "auto",
 ) -> Solution:
     """``loop.solve`` of a solver that :func:`is_compiled`; ``first`` makes the first evaluation.
 
@@ -55,11 +64,17 @@ def iterate(
     its own, and what it returns is read where it lies. ``follow`` hears after each evaluation how
     many samples go on, and which; values of the others are not read.
     """
-    module = extension.module
-    assert module is not None
     sizes = [start.shape[1]] if parts is None else list(parts)
     by_parts = f if isinstance(f, RowMap) and f.takes_parts and len(sizes) > 1 else None
-    iteration = module.Iteration(start, options, sizes, offset, scale, by_parts is not None)
+    iteration: Any
+    if triton_iteration.supports(solver, backend, start):
+        by_parts = None
+        kind = triton_iteration.kind()
+        iteration = kind(start, options, sizes, offset, scale, follow is not None)
+    else:
+        assert extension.module is not None
+        kind = extension.module.Iteration
+        iteration = kind(start, options, sizes, offset, scale, by_parts is not None)
     left = iteration.advance(_resolved(first(iteration.point())))
     evaluations = 1
     # Nothing here holds a point, or a value until the next one is there.

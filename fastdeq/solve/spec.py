@@ -123,8 +123,8 @@ class SolveSpec:
 
     def iterate(self, f: Map, start: Tensor, first: Map | None = None) -> Solution:
         """Solves ``z = f(z)``, f a map of rows ``(B, n)``; ``first`` makes the first evaluation,
-        where that is another way to the same value. Between two evaluations runs one call of the
-        compiled extension, or plain PyTorch. An ``Unfinished`` map is told what has finished.
+        where that is another way to the same value. Between two evaluations runs one call of
+        compiled code, or plain PyTorch. An ``Unfinished`` map is told what has finished.
 
         What f sees is the memory of the iteration; see ``iteration.iterate``. Rows without numbers,
         fake or on the meta device, are evaluated once: for shapes.
@@ -137,7 +137,7 @@ class SolveSpec:
         first, follow, finish = _followed(f, first, own_memory=not compiled)
         if compiled:
             how = (self.solver, self.options, self.parts)
-            return finish(iterate(f, start, *how, first, follow=follow))
+            return finish(iterate(f, start, *how, first, follow=follow, backend=self.backend))
         traced = None
         if hasattr(self.solver, "window") and not torch.compiler.is_compiling():
             traced = Traced(self.solver, self.options.max_iter)
@@ -158,7 +158,7 @@ class SolveSpec:
         return finish(replace(solution, solver=self.solver, trend=traced))
 
     def is_compiled(self, start: Tensor) -> bool:
-        """Whether the compiled extension iterates from rows like ``start`` ``(B, n)``."""
+        """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
         return is_compiled(self.solver, self.backend, start)
 
     def iterate_affine(
@@ -169,7 +169,7 @@ class SolveSpec:
         zeros = expanded_zeros(offset)
         _, follow, finish = _followed(f, f, own_memory=False)
         how = (self.solver, self.options, self.parts)
-        solution = iterate(f, zeros, *how, lambda z: None, offset, scale, follow)
+        solution = iterate(f, zeros, *how, _no_value, offset, scale, follow, self.backend)
         return finish(without_first(solution))
 
     def _shapes(self, rows: Tensor) -> Solution:
@@ -181,6 +181,10 @@ class SolveSpec:
             rows.new_empty(len(rows)),
             {name: count.clone() for name in self.solver.rejects},
         )
+
+
+def _no_value(point: Tensor) -> None:
+    """The value of a linear map at zeros, as one that is zero."""
 
 
 def without_first(solution: Solution) -> Solution:

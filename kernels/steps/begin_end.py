@@ -34,7 +34,7 @@ _LEAST_SCALE = tl.constexpr(constants.LEAST_SCALE)
 
 
 @triton.jit
-def _set_columns(row, mode, lowest, plain, radius, row_norm, largest):
+def set_columns(row, mode, lowest, plain, radius, row_norm, largest):
     column = tl.arange(0, sample.FLAGS)
     flag = tl.where(column == sample.REQUESTED, sample.FULL, 0)
     flag = tl.where(column == sample.MODE, mode, flag)
@@ -142,7 +142,7 @@ def begin_kernel(
         for start in range(0, size, BLOCK):
             entry = start + tl.arange(0, BLOCK).to(tl.int64)
             tl.store(points + at + entry, tl.zeros((BLOCK,), tl.float32), mask=entry < size)
-    _set_columns(
+    set_columns(
         row=row,
         mode=MODE,
         lowest=LOWEST,

@@ -129,14 +129,14 @@ def judge(best, norm, relative, k, limit, max_iter, FIXED: tl.constexpr):
 
 
 @triton.jit
-def out_of_patience(best, k, patience, FIXED: tl.constexpr):
+def out_of_patience(best, k, patience, floor, FIXED: tl.constexpr):
     """(whether the sample is to be given up, Best) after a full-precision evaluation of an iterate
-    that did not end the solve."""
+    that did not end the solve. Relative residuals below ``floor`` may be rounding."""
     half = tl.maximum(patience // 2, 1)
     due = (best.idle % half == 0) & (k >= half)
     falls = best.half_now < STILL_FALLING * best.half_before
     stalls = due & (best.idle >= patience) & (falls == 0)
-    stalls |= (k >= PATIENCE) & (best.idle >= PATIENCE) & (best.residual < FLOOR)
+    stalls |= (k >= PATIENCE) & (best.idle >= PATIENCE) & (best.residual < floor)
     if FIXED:
         stalls = stalls & (k < 0)
     now = Best(
@@ -190,7 +190,7 @@ def assess(
     )
     limit = tolerance_at(tol, atol, norm, relative)
     improved, now, status = judge(before, norm, relative, k, limit, max_iter, FIXED)
-    stalls, now = out_of_patience(now, k, patience, FIXED)
+    stalls, now = out_of_patience(now, k, patience, FLOOR, FIXED)
     seen = Evaluation(
         full=full,
         norm=norm,

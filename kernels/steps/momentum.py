@@ -45,6 +45,13 @@ _HALVE_WITHIN = tl.constexpr(constants.HALVE_WITHIN)
 
 
 @triton.jit
+def _root(x):
+    if x.dtype == tl.float32:  # where sqrt need not be rounded to nearest
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
 def learn(
     norm,
     previous,
@@ -70,14 +77,15 @@ def learn(
     three = tl.exp2(tl.log2(norm / norm_2) / 3)
     left = tl.where(one < three, one, three)
     gained = previous_omega - 1
-    better = trusted & (k > _LEARN_AFTER) & (left > tl.sqrt_rn(gained))  # false for NaN
+    better = trusted & (k > _LEARN_AFTER) & (left > _root(gained))  # false for NaN
     seen = (left * left + gained) / (previous_omega * left)
-    seen = tl.where(seen < _LARGEST_RADIUS, seen, _LARGEST_RADIUS)
+    largest = tl.zeros_like(seen) + _LARGEST_RADIUS  # in the dtype of the norms
+    seen = tl.where(seen < largest, seen, largest)
     radius = tl.where(better & (seen > radius), seen, radius)
     halved = norm <= 0.5 * norm_to_halve
     norm_to_halve = tl.where(halved, norm, norm_to_halve)
     steps_since_halved = tl.where(halved, 0, steps_since_halved + 1)
-    following = 2 / (1 + tl.sqrt_rn(1 - radius * radius))
+    following = 2 / (1 + _root(1 - radius * radius))
     slow = steps_since_halved >= _HALVE_WITHIN
     return radius, omega, following, norm_to_halve, steps_since_halved, slow
 

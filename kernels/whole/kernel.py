@@ -30,6 +30,7 @@ from ..activations import activate, activation_slope
 from ..steps.affine_tile import row_norm
 from ..steps.judge import (
     CONVERGED,
+    FLOOR,
     LARGEST_SIZE,
     NONFINITE,
     RESIDUAL_EPS,
@@ -255,7 +256,7 @@ def whole_kernel(
         else:
             following = value
 
-        stalls, verified = out_of_patience(verified, k, patience, FIXED)
+        stalls, verified = out_of_patience(verified, k, patience, FLOOR, FIXED)
         status = end(status, failed, stalls, verified.meets)
         # Of a sample that has stopped the point is not frozen: nothing of it is read any more.
         point = following

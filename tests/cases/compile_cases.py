@@ -39,7 +39,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not install
 def compile_kernel(
     kernel: Any,
     arch: int,
-    signature: Mapping[str, str],
+    signature: Mapping[str, Any],
     constants: Mapping[str, Any],
     divisible: Iterable[str] = (),
     num_warps: int = 4,
@@ -51,7 +51,7 @@ def compile_kernel(
     ``signature`` names the types of the arguments ("*fp32", "i32", "fp32", ...) that are neither
     pointers to float32 (``..._ptr``) nor int32; ``constants`` are the ``tl.constexpr`` ones and
     those that a launch makes constant: a stride of 1, a pointer that is None. The arguments in
-    ``divisible``, pointers or integers, are multiples of 16.
+    ``divisible``, pointers or integers, are multiples of 16; of a named tuple of pointers all are.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -66,11 +66,13 @@ def compile_kernel(
             types[name] = "constexpr"
         else:
             types[name] = signature.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-    attributes = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name in divisible
-        if name not in constants
-    }
+    paths: list[tuple[int, ...]] = []
+    for name in divisible:
+        if name in constants:
+            continue
+        i, kind = names.index(name), types[name]
+        paths += [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+    attributes = {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(kernel, types, dict(constants), attributes)
     launch = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():

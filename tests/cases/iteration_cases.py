@@ -34,12 +34,30 @@ def compiled(
     solver: Solver,
     parts: Sequence[int] | None = None,
     first: Map | None = None,
+    backend: str = "auto",
     **limits,
 ) -> Solution:
-    assert iteration.is_compiled(solver, "auto", start)
+    assert iteration.is_compiled(solver, backend, start)
     with torch.no_grad():
         options = SolveOptions.of(solver, **limits)
-        return iteration.iterate(f, start, solver, options, parts, first or f)
+        how = (solver, options, parts, first or f)
+        return iteration.iterate(f, start, *how, backend=backend)
+
+
+def by_triton(f: Map, start: Tensor, solver: Solver, *rest, **more) -> Solution:
+    """As ``compiled``, by the Triton kernels."""
+    return compiled(f, start, solver, *rest, backend="triton", **more)
+
+
+def contraction(
+    device: str, batch: int = 3, size: int = 23, rate: float = 0.6, dtype=torch.float64
+) -> tuple[Map, Tensor]:
+    """A map that contracts by ``rate``, with a symmetric Jacobian at zero, and a start."""
+    w = torch.randn(size, size, dtype=torch.float64)
+    w = rate * (w + w.t()) / torch.linalg.matrix_norm(w + w.t(), 2)
+    c = torch.randn(batch, size, dtype=torch.float64)
+    w, c = w.to(device, dtype), c.to(device, dtype)
+    return lambda z: torch.tanh(z @ w + c), c + 1
 
 
 def by_loop(f: Map, start: Tensor, solver: Solver, **limits) -> Solution:
@@ -49,16 +67,30 @@ def by_loop(f: Map, start: Tensor, solver: Solver, **limits) -> Solution:
         return loop.solve(lambda z: f(z).clone(), start, solver, anderson_mix=mix, **limits)
 
 
-def run(case: Case, call: Call, engine: str) -> Outputs:
-    """``case`` by the engine "reference" or "iteration"."""
+def assert_same(actual: Solution, expected: Solution, tol: float = 1e-9) -> None:
+    """In float64: the decisions of the loop, and its iterates but for rounding."""
+    assert actual.status.tolist() == expected.status.tolist()
+    assert actual.iterations.tolist() == expected.iterations.tolist()
+    # The iterates differ by rounding alone, which a well conditioned history hardly magnifies.
+    torch.testing.assert_close(actual.value, expected.value, rtol=0, atol=tol)
+    torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-4, atol=tol)
+    for name, counter in expected.rejects.items():
+        assert actual.rejects[name].tolist() == counter.tolist()
+
+
+def run(case: Case, call: Call, engine: str, backend: str = "auto", device: str = "cpu") -> Outputs:
+    """``case`` by the engine "reference" or "iteration", the latter on a device."""
     if engine == "reference":
         return case.run(call, "reference")
     f, start = as_map(case)
     limits = {"tol": call.tol, "atol": call.atol, "max_iter": call.max_iter}
-    solution = compiled(f, start, call.solver, patience=call.patience, **limits)
+    limits |= {"patience": call.patience, "backend": backend}
+    there = lambda z: f(z.cpu()).to(device)  # noqa: E731
+    solution = compiled(there, start.to(device), call.solver, **limits)
     value, own = solution.value, case.tensors()[1].dtype
     if isinstance(case, Adjoint):
-        value = value * case.scale()
+        value = value.cpu() * case.scale()
     counters = [c.unsqueeze(1) for c in solution.rejects.values()]
     rejects = torch.cat(counters, 1) if counters else solution.iterations.new_empty(len(value), 0)
-    return Outputs(value.to(own), solution.status, solution.iterations, solution.residual, rejects)
+    found = (value.to(own), solution.status, solution.iterations, solution.residual, rejects)
+    return Outputs(*(t.cpu() for t in found))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from engine_cases import Call, make_adjoint, make_forward
 from engine_checks import check_agreement
+from iteration_cases import assert_same
 
 from fastdeq import Anderson, HeavyBall, Neumann, Picard, Status
 from fastdeq.activations import ACTIVATIONS
@@ -53,16 +54,6 @@ def test_sizes_batches_and_dtypes(size, batch):
 
 def problem(batch=5, size=70, rate=0.8, dtype=torch.float64):
     return cases.as_map(make_forward(batch, size, dtype, rate=rate, start="random"))
-
-
-def assert_same(actual, expected, tol=1e-9):
-    assert actual.status.tolist() == expected.status.tolist()
-    assert actual.iterations.tolist() == expected.iterations.tolist()
-    # The iterates differ by rounding alone, which a well conditioned history hardly magnifies.
-    torch.testing.assert_close(actual.value, expected.value, rtol=0, atol=tol)
-    torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-4, atol=tol)
-    for name, counter in expected.rejects.items():
-        assert actual.rejects[name].tolist() == counter.tolist()
 
 
 ALL = (*SOLVERS, HeavyBall())

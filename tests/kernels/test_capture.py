@@ -15,7 +15,7 @@ import pytest
 import torch
 from exact import TOL, S, make_cell
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastdeq import (
     AffineCell,
@@ -60,6 +60,20 @@ class General(nn.Module):
 
     def forward(self, z, x):
         return torch.tanh(self.linear(z) + self.into(x))
+
+
+class InTwo(nn.Module):
+    """A cell whose state is split in two parts."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def initial_state(self, x):
+        return self.cell.initial_state(x).tensor_split(2, 1)
+
+    def forward(self, z, x):
+        return self.cell(torch.cat(z, 1), x).tensor_split(2, 1)
 
 
 def make_model(kind, d, options, device="cuda"):
@@ -177,8 +191,20 @@ def test_a_training_step_of_a_certified_solve_is_recorded(backend, d):
 
 
 @on_a_device
-def test_a_training_step_of_a_general_cell_is_recorded():
-    replays_equal_steps("general", 24, FIXED)
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_a_training_step_of_a_general_cell_is_recorded(backend):
+    replays_equal_steps("general", 24, FIXED | {"backend": backend})
+
+
+@on_a_device
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_a_general_cell_that_stops_by_itself_is_recorded(solver):
+    """All iterations are recorded; samples that have converged are frozen in the replay."""
+    options = {"solver": solver, "adjoint": solver, "max_iter": 25, "tol": 1e-3}
+    recorded, _ = replays_equal_steps("general", 24, options | {"on_failure": "ignore"})
+    for found in (recorded.model[0].last_solution, recorded.model[0].last_adjoint_solution):
+        assert found.converged.all()
+        assert (found.iterations < 25).all()
 
 
 @on_a_device
@@ -263,7 +289,7 @@ def as_if_recording(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+@pytest.mark.parametrize("on_failure", ["warn", "raise", "ignore"])
 @pytest.mark.parametrize("kind", ["dense", "orthogonal", "symmetric", "general"])
 def test_a_step_of_fixed_iterations_reads_nothing(kind, on_failure, as_if_recording):
     options = FIXED | {"backend": "reference", "on_failure": on_failure}
@@ -271,6 +297,21 @@ def test_a_step_of_fixed_iterations_reads_nothing(kind, on_failure, as_if_record
     Training(model, OPTIMISERS["sgd"]).step()
     assert model[0].last_solution is not None
     assert model[0].last_adjoint_solution is not None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels on the CPU are for the interpreter")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_of_a_general_cell_by_kernels_reads_nothing(parts, as_if_recording):
+    count = {"fixed_iterations": 4}
+    options = {"solver": Picard(**count), "adjoint": Neumann(**count), "backend": "triton"}
+    model = make_model("general", 6, options | {"on_failure": "ignore"}, "cpu")
+    if parts == 2:
+        model[0].cell = InTwo(model[0].cell)
+        model[0].register_forward_hook(lambda layer, x, z: torch.cat(z, 1))
+    Training(model, OPTIMISERS["sgd"]).step()
+    for found in (model[0].last_solution, model[0].last_adjoint_solution):
+        with _disable_current_modes():
+            assert found.iterations.tolist() == [4] * BATCH
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "one_step"])

@@ -1,0 +1,1 @@
+"""The iteration of any map between its evaluations, for tensors on a GPU."""
