@@ -124,10 +124,9 @@ void bind_iteration(py::module_& m) {
                   "Whether there are iterations for rows like these.")
       .def("point", &point, "Where to evaluate the map, (B, n).")
       .def("points", &points, "The same as a list of parts, (B, n_p) each.")
-      .def(
-          "advance", &advance, py::arg("value"),
-          "Takes the map's value there, (B, n), a list of parts (B, n_p), or None for zeros; how "
-          "many samples go on.")
+      .def("advance", &advance, py::arg("value"),
+           "Takes the map's value there, (B, n), a list of parts (B, n_p), or None for zeros; how "
+           "many samples go on.")
       .def(
           "running", [](const Iteration& iteration) { return to_python(iteration.running()); },
           "Which samples go on, int64.")

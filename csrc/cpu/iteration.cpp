@@ -6,6 +6,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/tensor.h>
 
 #include <cmath>
 
@@ -86,19 +87,10 @@ class IterationOf : public Iteration {
     point_ = std::move(next_);
     value_ = {};
     ++evaluations_;
-    const auto& samples = judge_.samples;
-    return std::count_if(samples.begin(), samples.end(), [](const auto& s) { return !s.ended; });
+    return int64_t(judge_.running().size());
   }
 
-  at::Tensor running() const override {
-    std::vector<int64_t> found;
-    for (int64_t b = 0; b < batch_; ++b) {
-      if (!judge_.samples[size_t(b)].ended) found.push_back(b);
-    }
-    const at::Tensor samples = at::empty({int64_t(found.size())}, at::kLong);
-    std::copy(found.begin(), found.end(), samples.mutable_data_ptr<int64_t>());
-    return samples;
-  }
+  at::Tensor running() const override { return at::tensor(judge_.running(), at::kLong); }
 
   IterationResult result() const override {
     const at::TensorOptions options = point_.options();

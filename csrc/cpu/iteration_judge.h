@@ -87,6 +87,15 @@ class Judge {
     take_in(s, solve_small(OneLane(), gram, options, work, gamma));
   }
 
+  // Which samples have not ended.
+  std::vector<int64_t> running() const {
+    std::vector<int64_t> found;
+    for (size_t b = 0; b < samples.size(); ++b) {
+      if (!samples[b].ended) found.push_back(int64_t(b));
+    }
+    return found;
+  }
+
   SolveOptions options;
   const int64_t entries, places;  // of the Gram matrix, a ring; sums of a part
   std::vector<IteratedSample> samples;

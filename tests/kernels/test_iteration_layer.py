@@ -195,3 +195,27 @@ def test_gradients_of_extreme_sizes_and_none(device):
         assert grads[backend][3].isnan().all()
         ratio = grads[backend][:3] / (factors[:3] * plain[:3])
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-3, atol=1e-3)
+
+
+def test_finished_samples_are_left_out(device):
+    calls = []
+
+    class Cell(torch.nn.Module):
+        def forward(self, z, x, gain):
+            calls.append(len(z))
+            return torch.tanh(gain * z.flip(1) + x)
+
+    x = torch.randn(8, 5, device=device)
+    gain = torch.full((8, 1), 0.3, device=device)
+    gain[3] = 0.95
+    found = []
+    for backend, compact in (("reference", False), ("triton", True)):
+        leaf = x.clone().requires_grad_()
+        layer = DEQLayer(Cell(), backend=backend, compact=compact, tol=1e-5, max_iter=400)
+        z = layer(leaf, gain)
+        found.append((z, *torch.autograd.grad(z.square().sum(), leaf)))
+    assert "left out" in layer.last_solution.path
+    assert "left out" in layer.last_adjoint_solution.path
+    assert min(calls) == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)

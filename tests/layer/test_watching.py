@@ -109,7 +109,7 @@ def test_evaluations_and_products_are_counted(backend):
 CELLS = [("general", Cell, 5), ("fused", affine, 3)]
 
 
-@pytest.mark.parametrize(("path", "make", "size"), CELLS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("path", "make", "size"), CELLS, ids=["general", "fused"])
 def test_the_latest_solutions_are_kept_without_their_values(path, make, size):
     layer = DEQLayer(make(), keep_solutions=3)
     for batch in (1, 2, 3, 4, 5):
@@ -123,7 +123,7 @@ def test_the_latest_solutions_are_kept_without_their_values(path, make, size):
     assert layer.last_adjoint_solution.value is not None
 
 
-@pytest.mark.parametrize(("path", "make", "size"), CELLS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("path", "make", "size"), CELLS, ids=["general", "fused"])
 def test_a_callback_hears_every_solve(path, make, size):
     heard = []
     layer = DEQLayer(make(), on_solution=lambda direction, s: heard.append((direction, s)))
