@@ -20,8 +20,7 @@
 namespace fastdeq {
 namespace {
 
-// Numbers that a thread reads or writes at least: some 30 microseconds.
-constexpr int64_t kGrain = 262144;
+constexpr int64_t kGrain = 262144;  // numbers that a thread touches at least: some 30 us
 
 template <typename T>
 const EngineFor<T>& rows_engine() {
@@ -43,7 +42,8 @@ class IterationOf : public Iteration {
         layout_(parts, start.size(0), start.size(1), apart),
         batch_(start.size(0)),
         size_(start.size(1)),
-        point_(at::empty(start.sizes(), start.options())),
+        point_(apart ? at::empty(start.sizes(), start.options())
+                     : start.clone(at::MemoryFormat::Contiguous)),
         best_(at::empty_like(point_)) {
     if (offset.defined()) {
       TORCH_CHECK(offset.sizes() == start.sizes() && scale.sizes() == start.sizes().slice(0, 1),
@@ -52,9 +52,10 @@ class IterationOf : public Iteration {
       scale_ = scale.to(start.scalar_type()).contiguous();
     }
     if (options.begins_with_momentum()) last_ = at::empty_like(point_);
-    const std::vector<at::Tensor> begins = start.split_with_sizes(parts, 1);
-    const std::vector<at::Tensor> own = layout_.parts_of(point_);
-    for (size_t p = 0; p < own.size(); ++p) own[p].copy_(begins[p]);
+    const auto own = apart ? layout_.parts_of(point_) : std::vector<at::Tensor>();
+    for (size_t p = 0; p < own.size(); ++p) {
+      own[p].copy_(start.narrow(1, layout_.begin(p), parts[p]));
+    }
     T* const from = data(point_);
     Sharing& sharing = sharing_of(Shared::kIteration, double(batch_ * size_));
     parallel_for(batch_, std::max<int64_t>(1, kGrain / size_), sharing,

@@ -38,6 +38,8 @@ class Layout {
     TORCH_CHECK(begin == size, "parts of ", begin, " entries for rows of ", size);
   }
 
+  // Of part p in a row.
+  int64_t begin(size_t part) const { return begins_[part]; }
   // Of the first entry of part p of sample b.
   int64_t at(int64_t part, int64_t b) const {
     const int64_t begin = begins_[size_t(part)];
