@@ -51,8 +51,8 @@ def iterate(
     first: Callable[[Tensor], Tensor | None],
     offset: Tensor | None = None,
     scale: Tensor | None = None,
-    follow: Follow | None = None,
     backend: str = "auto",
+    follow: Follow | None = None,
 ) -> Solution:
     """``loop.solve`` of a solver that :func:`is_compiled`; ``first`` makes the first evaluation.
 

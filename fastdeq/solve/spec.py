@@ -169,7 +169,7 @@ class SolveSpec:
         zeros = expanded_zeros(offset)
         _, follow, finish = _followed(f, f, own_memory=False)
         how = (self.solver, self.options, self.parts)
-        solution = iterate(f, zeros, *how, _no_value, offset, scale, follow, self.backend)
+        solution = iterate(f, zeros, *how, _no_value, offset, scale, self.backend, follow)
         return finish(without_first(solution))
 
     def _shapes(self, rows: Tensor) -> Solution:
