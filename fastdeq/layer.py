@@ -241,7 +241,7 @@ class DEQLayer(nn.Module):
 
     @last_solution.setter
     def last_solution(self, solution: Solution | None) -> None:
-        self._record.forward = solution
+        self._record.put("forward", solution)
 
     @property
     def solutions(self) -> dict[str, list[Solution]]:
@@ -256,7 +256,7 @@ class DEQLayer(nn.Module):
 
     @last_adjoint_solution.setter
     def last_adjoint_solution(self, solution: Solution | None) -> None:
-        self._record.adjoint = solution
+        self._record.put("adjoint", solution)
 
     def _plain(self) -> bool:
         return isinstance(self.cell, AffineCell) and self.cell.is_plain()

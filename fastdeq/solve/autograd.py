@@ -24,6 +24,7 @@ from torch.autograd import Function, forward_ad
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
 from .closure import cut_above, evaluate, placed_above, same_closure
+from .compaction import autocasts
 from .paths import path_of
 from .spec import Map, Report, SolveSpec, ignore, without_first
 from .unfinished import Product, Unfinished
@@ -108,7 +109,7 @@ def _solve_adjoint(
     report(None)
     product = functools.partial(_product, fz, at)
 
-    def narrow(samples: Tensor) -> Product | None:
+    def narrow(samples: Tensor, rows: Any = None, value: Any = None) -> Product | None:
         expected, rows = (t.detach().index_select(0, samples) for t in (fz, at))
 
         def run(part: Map) -> tuple[Tensor, Product]:
@@ -120,7 +121,7 @@ def _solve_adjoint(
     def products() -> Product:
         if parts is None:
             return product
-        return Unfinished(product, lambda s, *_: narrow(s), len(at), asks_value=False)
+        return Unfinished(product, narrow, len(at), asks_value=False)
 
     unit = unit_rows(grad)
     if theta is None and spec.is_compiled(grad) and (scale := unit.factors()) is not None:
@@ -138,7 +139,7 @@ def _solve_adjoint(
         found = product(u)
         return g.clone() if found is None else g + found
 
-    def narrow_map(samples: Tensor, point: Any, value: Any) -> Product | None:
+    def narrow_map(samples: Tensor, rows: Any, value: Any) -> Product | None:
         found, own = narrow(samples), g.index_select(0, samples)
         return None if found is None else lambda u: own if (p := found(u)) is None else own + p
 
@@ -198,7 +199,7 @@ def autocast_of_now(device_type: str) -> Callable[[Map], Map]:
 
     Without autocast's weight cache: a cast that was cached before would hide its parameter.
     """
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         return lambda f: f
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..constants import RESIDUAL_EPS
 from ..errors import warn_caller
 from ..samples import Compact
+from ..solution import Solution
 from .cell_map import CellMap, Taken
 from .packing import ArgumentWrittenError, Packing
-from .unfinished import Map, Narrow, agree
+from .unfinished import Map, agree
 
 Evaluated = TypeVar("Evaluated")
 
@@ -29,48 +31,68 @@ class Compaction:
     """The map of some samples, made from that of all, and compared with it before it is used.
 
     ``refusals`` holds calls, of this layer, for which no way to tell samples apart agreed.
+
+    Raises:
+        ValueError: ``compact`` names dimensions that the arguments do not have.
     """
 
     def __init__(
         self, f: CellMap, packing: Packing, compact: Compact, tol: float, refusals: set[Any]
     ):
-        self._f, self._packing, self._compact, self._tol = f, packing, compact, tol
+        self._f, self._packing, self._compact = f, packing, compact
         self._refusals = refusals
         self._call = (getattr(f.cell, "training", None), packing.batch, len(f.arguments))
         self._taken: Taken | None = None
-        self._epsilon = _epsilon(packing)
+        # A residual that is judged with either value is then the same to a tenth of what decides,
+        # or to the rounding of the map: some layers in the dtype of the rows, one rounding else.
+        eps = torch.finfo(packing.dtype).eps
+        self.limit = max(tol / 10, 16 * eps, 2 * _epsilon(packing))
+        if not isinstance(compact, bool):
+            next(self._ways())
 
     @property
     def refused(self) -> bool:
         """Whether no way agreed."""
         return self._call in self._refusals
 
+    def refuse(self) -> None:
+        """Leaves nothing out in this and later calls, and says so once."""
+        if not self._refusals:
+            warn_caller(_REFUSED.format(self._compact), UserWarning)
+        self._refusals.add(self._call)
+
     def agreeing(
         self,
         samples: Tensor,
         expected: Tensor,
         evaluate: Callable[[Map], tuple[Tensor, Evaluated]],
-        epsilon: float = 0.0,
     ) -> Evaluated | None:
         """What ``evaluate`` makes, beside its value ``(b, n)``, of the first map of ``samples``
-        ``(b,)`` whose value is that ``expected`` ``(b, n)`` up to rounding, with the machine
-        epsilon ``epsilon`` if that is the larger one; None where no map has it."""
+        ``(b,)`` whose value is that ``expected`` ``(b, n)``; None where no map has it."""
         if self.refused:
             return None
         for taken in self._ways():
             try:
-                value, found = evaluate(self._map_of(samples, taken))
-            except ArgumentWrittenError:
+                part = self._packing.for_samples(len(samples))
+                value, found = evaluate(part.rowwise(self._f.of(samples, taken)))
+            except (ArgumentWrittenError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:  # the cell cannot take such arguments: one way not to agree
                 continue
-            if agree(value, expected, self._tol, max(epsilon, self._epsilon)):
+            if agree(value, expected, self.limit, self._packing.parts):
                 self._taken = taken
                 return found
-        if not self._refusals:
-            warn_caller(_REFUSED.format(self._compact), UserWarning)
-        self._refusals.add(self._call)
         return None
+
+    def narrow(self, samples: Tensor, rows: Tensor | None, value: Tensor | None) -> Map | None:
+        """``unfinished.Narrow`` of the map itself."""
+        if rows is None or value is None:
+            return None
+        at = rows
+        found = self.agreeing(samples, value, lambda part: (part(at), part))
+        if found is None and self._taken is None:
+            self.refuse()
+        return found
 
     def parts(self, around: Callable[[Map], Map]) -> Callable[..., Any]:
         """:meth:`agreeing`, with ``around`` each map."""
@@ -80,25 +102,18 @@ class Compaction:
 
         return agreeing
 
-    def narrowing(self, around: Callable[[Map], Map], epsilon: float = 0.0) -> Narrow:
-        """What makes the maps of some samples: ``around`` each, as the map of all is evaluated."""
-
-        def narrow(samples: Tensor, point: Tensor | None, value: Tensor | None) -> Map | None:
-            if point is None or value is None:  # only after one was found
-                return None if self._taken is None else around(self._map_of(samples, self._taken))
-            rows = point.index_select(0, samples)
-
-            def evaluate(part: Map) -> tuple[Tensor, Map]:
-                part = around(part)
-                return part(rows), part
-
-            return self.agreeing(samples, value.index_select(0, samples), evaluate, epsilon)
-
-        return narrow
-
-    def _map_of(self, samples: Tensor, taken: Taken) -> Map:
-        part = self._packing.for_samples(len(samples))
-        return part.rowwise(self._f.of(samples, taken))
+    def confirms(self, solution: Solution, value: Tensor) -> bool:
+        """Whether the residuals of a solution are those with ``value`` ``(B, n)``, of the map of
+        all samples at the solution's."""
+        z = solution.value
+        sizes = self._packing.parts or [z.shape[1]]
+        pairs = zip(value.split(sizes, 1), z.split(sizes, 1), strict=True)
+        norms = torch.linalg.vector_norm
+        found = torch.stack(
+            [norms(v - p, dim=1) / (norms(v, dim=1) + RESIDUAL_EPS) for v, p in pairs]
+        ).amax(0)
+        known = solution.residual.isfinite() & value.isfinite().all(1)
+        return bool((~known | (found <= 1.1 * solution.residual + self.limit)).all())
 
     def _ways(self) -> Iterator[Taken]:
         if self._taken is not None:
@@ -111,6 +126,13 @@ def _epsilon(packing: Packing) -> float:
     """Of the lowest precision in which a map of such states is evaluated now."""
     dtypes = list(packing.dtypes)
     kind = packing.device.type
-    if torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         dtypes.append(torch.get_autocast_dtype(kind))
     return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on there; not for devices that have none, as "meta"."""
+    if not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type)

@@ -16,21 +16,11 @@ from .checked_maps import CheckedMaps
 from .compaction import Compaction
 from .eager import Eagerly
 from .iteration import is_compiled
-from .low_precision import (
-    LOW_EPSILON,
-    Latest,
-    full_part,
-    has_low_precision,
-    in_bfloat16,
-    low_part,
-    together,
-)
+from .low_precision import Latest, full_part, has_low_precision, in_bfloat16, low_part, together
 from .packing import ArgumentWrittenError, Packing
 from .paths import path_of
-from .spec import Map, Report, SolveSpec, Specs
+from .spec import Map, Report, SolveSpec, Specs, with_evaluations
 from .unfinished import Unfinished
-
-Around = Callable[[Map], Map]
 
 
 def _none(samples: Tensor) -> bool:
@@ -136,25 +126,32 @@ def _iterate(
     specs: Specs,
 ) -> Solution:
     spec = replace(specs.forward, parts=packing.parts)
-
-    def solve(
-        spec: SolveSpec, f: Map, start: Tensor, first: Map, around: Around, epsilon: float
-    ) -> Solution:
-        if compaction is not None:
-            narrow = compaction.narrowing(around, epsilon)
-            f = Unfinished(f, narrow, packing.batch, asks_value=True)
-        return spec.iterate(f, start, first)
-
-    def bfloat16(f: Map) -> Map:
-        return in_bfloat16(f, packing.device.type)
-
     low = None
     if specs.options.precision == "mixed" and has_low_precision(packing):
         low = low_part(spec)
     if low is None:
-        return solve(spec, rows, start, first, lambda f: f, 0.0)
-    values = Latest(bfloat16(rows))
-    begun = solve(low, values, start, first, bfloat16, LOW_EPSILON)
-    begun = values.stepped(begun, spec.options)
-    rest = solve(full_part(spec, begun), rows, begun.value, rows, lambda f: f, 0.0)
+        return _unfinished(spec, rows, start, first, compaction)
+    values = Latest(in_bfloat16(rows, packing.device.type))
+    begun = values.stepped(low.iterate(values, start, first), spec.options)
+    rest = _unfinished(full_part(spec, begun), rows, begun.value, rows, compaction)
     return together(begun, rest)
+
+
+def _unfinished(
+    spec: SolveSpec, rows: Map, start: Tensor, first: Map, compaction: Compaction | None
+) -> Solution:
+    """The solution, with finished samples left out, and confirmed by a value for all samples: if it
+    is not, the solve goes on from there with all."""
+    if compaction is None or compaction.refused:
+        return spec.iterate(rows, start, first)
+    f = Unfinished(rows, compaction.narrow, len(start), asks_value=True)
+    solution = spec.iterate(f, start, first)
+    if not f.left_out:
+        return solution
+    value = rows(solution.value)
+    if compaction.confirms(solution, value):
+        return with_evaluations(solution, 1, len(start))
+    compaction.refuse()
+    again = spec.iterate(rows, solution.value, lambda _: value)
+    made = (solution.evaluations or 0, solution.sample_evaluations or 0)
+    return with_evaluations(again, *made)

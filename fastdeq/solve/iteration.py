@@ -80,7 +80,7 @@ def iterate(
     # Nothing here holds a point, or a value until the next one is there.
     while left:
         evaluations += 1
-        if follow is not None:
+        if follow is not None and not options.fixed_iterations:
             follow(left, iteration.running)
         if by_parts is not None:
             values = by_parts.of_parts(iteration.points())

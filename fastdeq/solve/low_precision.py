@@ -19,13 +19,13 @@ from torch import Tensor
 from ..errors import BackendError
 from ..solution import Solution, may_look
 from ..solvers import SolveOptions
+from .compaction import autocasts
 from .packing import Packing
 from .spec import Map, SolveSpec
 
 #: The relative residual at which full precision takes over: bfloat16 has 8 bits. Measured for a
 #: convolution of 2 ms: 2**-4 to 2**-6 leave more to do in full precision, 2**-8 is not reached.
 LOW_TOL = 2.0**-7
-LOW_EPSILON = torch.finfo(torch.bfloat16).eps
 #: Iterates in a row without progress after which a sample has seen what bfloat16 can give.
 LOW_PATIENCE = 4
 
@@ -43,7 +43,7 @@ def has_low_precision(packing: Packing) -> bool:
             "state is float64. Use float32, or precision='auto'."
         )
     own = all(dtype == torch.float32 for dtype in packing.dtypes)
-    return own and not torch.is_autocast_enabled(packing.device.type)
+    return own and not autocasts(packing.device.type)
 
 
 def in_bfloat16(f: Map, device_type: str) -> Map:
@@ -69,10 +69,9 @@ class Latest:
 
     def stepped(self, begun: Solution, options: SolveOptions) -> Solution:
         """The solution of the first part, one plain step further where it converged: its latest
-        value is there already. Not where samples were left out, or an update more were too many."""
-        value, made = self._value, begun.sample_evaluations
-        whole = made == (begun.evaluations or 0) * len(begun.status)
-        if value is None or not whole or options.fixed_iterations or options.max_iter < 4:
+        value is there already. Not where an update more were too many."""
+        value = self._value
+        if value is None or options.fixed_iterations or options.max_iter < 4:
             return begun
         steps = begun.converged
         at = torch.where(steps.unsqueeze(1), value.detach().to(begun.value.dtype), begun.value)
@@ -81,6 +80,8 @@ class Latest:
 
 def low_part(spec: SolveSpec) -> SolveSpec | None:
     """The part of a solve that is in bfloat16; None where it has no room for one."""
+    if getattr(spec.solver, "fixed_iterations", 0) != spec.options.fixed_iterations:
+        return None  # a solver of one's own, which has its own count
     fixed = spec.options.fixed_iterations // 2
     limit = spec.options.max_iter // 2
     if (fixed if spec.options.fixed_iterations else limit) == 0:

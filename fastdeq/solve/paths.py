@@ -33,8 +33,8 @@ def why_general(cell: Any, context: tuple[Any, ...], registered: bool, specs: Sp
 def path_of(solution: Solution, refused: bool = False) -> str:
     """The path of a solve of a general map, from its counts."""
     path, batch = "general", len(solution.status)
-    if (solution.sample_evaluations or 0) < batch * (solution.evaluations or 0):
-        path += ", finished samples left out"
-    elif refused:
+    if refused:
         path += ", samples not told apart"
+    elif (solution.sample_evaluations or 0) < batch * (solution.evaluations or 0):
+        path += ", finished samples left out"
     return path

@@ -41,6 +41,10 @@ class Record:
         solution: Solution | None = found
         return solution
 
+    def put(self, direction: str, solution: Solution | None) -> None:
+        """Sets the latest solution of a direction, which is no solve of the layer's."""
+        object.__setattr__(self, direction, solution)
+
     def kept(self) -> dict[str, list[Solution]]:
         """The latest solutions of each direction, as far as they are kept."""
         return {direction: [] for direction in _DIRECTIONS}

@@ -189,10 +189,15 @@ def _no_value(point: Tensor) -> None:
 
 def without_first(solution: Solution) -> Solution:
     """The solution of a linear map, whose first value, at zeros, takes no product."""
-    if not solution.evaluations or solution.sample_evaluations is None:
-        return solution
-    made = solution.sample_evaluations - len(solution.status)
-    return replace(solution, evaluations=solution.evaluations - 1, sample_evaluations=made)
+    return (
+        with_evaluations(solution, -1, -len(solution.status)) if solution.evaluations else solution
+    )
+
+
+def with_evaluations(solution: Solution, more: int, samples: int) -> Solution:
+    """The solution with so many more evaluations of so many samples in all."""
+    made = (solution.evaluations or 0) + more, (solution.sample_evaluations or 0) + samples
+    return replace(solution, evaluations=made[0], sample_evaluations=made[1])
 
 
 def _followed(

@@ -42,14 +42,13 @@ _CONVERGED, _STAGNATED = int(Status.CONVERGED), int(Status.STAGNATED)
 _NONFINITE = int(Status.NONFINITE)
 
 
-#: Hears how many samples go on at most, and what says which, int64: some may be there twice, or
-#: have finished.
+#: Hears how many samples go on at most, and what says which, int64 in ascending order, for which
+#: it waits for a device.
 Follow = Callable[[int, Callable[[], Tensor]], None]
 
 
-def _samples(running: Tensor, count: int) -> Tensor:
-    """Which go on, without waiting for a device; filled up to ``count`` with the first sample."""
-    return torch.nonzero_static(running, size=count, fill_value=0).flatten()
+def _samples(running: Tensor) -> Tensor:
+    return running.nonzero().flatten()
 
 
 def finite_rows(start: Tensor) -> Tensor:
@@ -198,7 +197,7 @@ def solve(
         if k == max_iter or (not fixed and not (left := count.left(running))):
             break
         if follow is not None and not fixed:
-            follow(left, partial(_samples, running, left))
+            follow(left, partial(_samples, running))
 
         step = solver.step(state, point, value, norm, running)
         failed = running & step.failed

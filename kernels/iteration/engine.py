@@ -119,7 +119,6 @@ class Iteration:
             self._unshared = _uses(torch.empty_like(self._point[:0]))
             self._counts = counts
             self._count = DelayedCount(start.device, len(start) if counts else 1)
-            self._left = len(start)
             self._runs = self._buffers.running.unbind()
             self._evaluations = 0
             b = self._buffers
@@ -156,12 +155,11 @@ class Iteration:
             return 0
         if self._options.fixed_iterations:
             return 1
-        self._left = self._count.left(self._running() if self._counts else self._runs[k % 2])
-        return self._left
+        return self._count.left(self._running() if self._counts else self._runs[k % 2])
 
     def running(self) -> Tensor:
-        """Which samples go on, int64, filled up with the first to as many as were counted."""
-        return torch.nonzero_static(self._running(), size=self._left, fill_value=0).flatten()
+        """Which samples go on, int64; waits for the device."""
+        return self._running().nonzero().flatten()
 
     def _running(self) -> Tensor:
         return self._buffers.flags[:, sample.REQUESTED.value] != 0

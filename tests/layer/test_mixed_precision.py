@@ -7,6 +7,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastdeq import Anderson, BackendError, DEQLayer, Picard, Status, fixed_point
 from fastdeq.backends import extension
+from fastdeq.solvers import Step
 
 BACKENDS = ["auto", "reference"]
 
@@ -179,3 +180,23 @@ def test_no_samples():
     with torch.no_grad():
         layer = DEQLayer(Cell(), precision="mixed", compact=True)
         assert layer(torch.zeros(0, 32)).shape == (0, 32)
+
+
+def test_a_solver_of_ones_own_with_a_count():
+    class Own:
+        name, linear, needs, patience, rejects = "own", False, frozenset(), 50, ()
+        fixed_iterations = 6
+
+        def init(self, point, problem):
+            return None
+
+        def step(self, state, point, value, norm, running):
+            return Step(value, None, ~norm.isfinite())
+
+        def counters(self, state):
+            return ()
+
+    cell, x = Cell(scale=0.5), torch.randn(4, 32)
+    with torch.no_grad():
+        DEQLayer(cell, solver=Own(), precision="mixed", max_iter=10, on_failure="ignore")(x)
+    assert len(cell.dtypes) == 7
