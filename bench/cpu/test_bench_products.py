@@ -4,9 +4,11 @@
                    these layers alone
     recurrence     a training step of T time steps h_t = layer(x_t + h_{t-1} / 2), T = 5 and 100,
                    in time per time step
+    peers          a training step of 100 of them, 64 wide, batch 32, and one thread, beside
+                   torchdeq's solvers, all at a tolerance of 1e-3
 
-Where products stay inside the cell, both ratios are near 1. The cases take turns, in one process.
-``pytest bench/ --benchmark-only -k products``.
+Where products stay inside the cell, the first ratios are near 1. The cases take turns, in one
+process. ``pytest bench/ --benchmark-only -k products``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
+from contestants import torchdeq_options
 from torch import Tensor, nn
 
 from fastdeq import DEQLayer
@@ -25,9 +30,9 @@ ABOVE, TIME_STEPS = (1, 1000), (5, 100)
 
 
 class Cell(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, wide: int = WIDE) -> None:
         super().__init__()
-        self.linear = nn.Linear(WIDE, WIDE)
+        self.linear = nn.Linear(wide, wide)
         with torch.no_grad():
             self.linear.weight.mul_(0.8)
 
@@ -35,8 +40,8 @@ class Cell(nn.Module):
         return torch.tanh(self.linear(z) + x)
 
 
-def medians(runs: dict[int, Callable[[], float]], enabled: bool) -> dict[int, float]:
-    seconds: dict[int, list[float]] = {size: [] for size in runs}
+def medians(runs: dict[Any, Callable[[], float]], enabled: bool) -> dict[Any, float]:
+    seconds: dict[Any, list[float]] = {size: [] for size in runs}
     for _ in range(ROUNDS if enabled else 1):
         for size, run in runs.items():
             seconds[size].append(run())
@@ -94,3 +99,44 @@ def test_bench_products_recurrence(benchmark, tables):
     table(tables, "per time step of so many, forward and backward, in ms", seconds)
     benchmark.extra_info.update({str(k): v for k, v in seconds.items()})
     benchmark.pedantic(runs[TIME_STEPS[1]], rounds=1)
+
+
+def test_bench_products_recurrence_beside_peers(benchmark, tables):
+    torchdeq = pytest.importorskip("torchdeq")
+    torch.manual_seed(0)
+    cell, x = Cell(64), torch.randn(max(TIME_STEPS), 32, 64)
+
+    def peer(solver: str) -> Callable[[Tensor], Tensor]:
+        deq = torchdeq.get_deq(**torchdeq_options(solver, 1e-3, 1e-3, 40))
+        deq.train()
+        return lambda x_t: deq(lambda z: cell(z, x_t), torch.zeros_like(x_t))[0][-1]
+
+    solvers = ("fixed_point_iter", "anderson", "broyden")
+    layers = {"fastdeq": DEQLayer(cell, tol=1e-3), **{name: peer(name) for name in solvers}}
+
+    def recurrence(layer: Callable[[Tensor], Tensor]) -> Tensor:
+        h = torch.zeros_like(x[0])
+        for x_t in x:
+            h = layer(x_t + 0.5 * h)
+        return h.sum()
+
+    def run(name: str) -> Callable[[], float]:
+        def timed_whole() -> float:
+            begin = time.perf_counter()
+            recurrence(layers[name]).backward()
+            return time.perf_counter() - begin
+
+        return timed_whole
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = medians({name: run(name) for name in layers}, benchmark.enabled)
+    finally:
+        torch.set_num_threads(threads)
+    best = min(seconds[name] for name in solvers)
+    row = (*(f"{s * 1e3:.0f}" for s in seconds.values()), f"{seconds['fastdeq'] / best:.2f}")
+    head = (*seconds, "fastdeq / the fastest other")
+    tables.add("100 time steps, forward and backward, in ms", head, row)
+    benchmark.extra_info.update(seconds)
+    benchmark.pedantic(run("fastdeq"), rounds=1)
