@@ -20,10 +20,10 @@ from .solve.checked_maps import CheckedMaps
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
-from .solve.paths import why_general
 from .solve.record import OnSolution, Record, check_watching, new_record
 from .solve.spec import Specs
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
+from .solve.why_general import why_general
 from .solvers import Solver, Structure
 
 

@@ -60,7 +60,7 @@ class IterationOf : public Iteration {
     Sharing& sharing = sharing_of(Shared::kIteration, double(batch_ * size_));
     parallel_for(batch_, std::max<int64_t>(1, kGrain / size_), sharing,
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t b = begin; b < end; ++b) start_finite(b, from);
+                   for (int64_t b = begin; b < end; ++b) layout_.make_finite(from, b);
                  });
   }
 
@@ -153,15 +153,6 @@ class IterationOf : public Iteration {
         : old(size_t(2 * window + 2)), work(size_t(small_solve_doubles(window))) {}
   };
   Scratch scratch() const { return Scratch(judge_.options.window); }
-
-  // A row that is not finite starts from zero.
-  void start_finite(int64_t b, T* point) {
-    bool finite = true;
-    for (const Range& r : layout_.whole) finite &= is_finite(point + layout_.at(r.part, b), r.end);
-    for (const Range& r : layout_.whole) {
-      if (!finite) std::fill_n(point + layout_.at(r.part, b), r.end, T(0));
-    }
-  }
 
   void iterate(int64_t b, Scratch& scratch) {
     if (!sample(b).ended) {

@@ -18,6 +18,14 @@ namespace fastdeq {
 // Rows that are divided among threads are so in parts of this length.
 constexpr int64_t kRangeLength = 32768;
 
+// Whether all entries are finite: x - x is NaN, and not 0, for infinite x too.
+template <typename T>
+bool is_finite(const T* x, int64_t count) {
+  int bad = 0;
+  for (int64_t j = 0; j < count; ++j) bad |= x[j] - x[j] != 0;
+  return bad == 0;
+}
+
 // Entries [begin, end) of a part of a row.
 struct Range {
   int64_t part, begin, end;
@@ -61,6 +69,16 @@ class Layout {
   // The same as rows (B, n); a copy where parts lie apart.
   at::Tensor rows_of(const at::Tensor& state) const {
     return apart ? at::cat(parts_of(state), 1) : state;
+  }
+
+  // Zeros for sample b of a state where its row is not finite.
+  template <typename T>
+  void make_finite(T* state, int64_t b) const {
+    const auto part_finite = [&](const Range& r) {
+      return is_finite(state + at(r.part, b), r.end);
+    };
+    if (std::all_of(whole.begin(), whole.end(), part_finite)) return;
+    for (const Range& r : whole) std::fill_n(state + at(r.part, b), r.end, T(0));
   }
 
   const int64_t batch, size;
@@ -118,13 +136,5 @@ class GivenValue {
   std::vector<Row> rows_;
   std::vector<at::Tensor> memory_;
 };
-
-// Whether all entries are finite: x - x is NaN, and not 0, for infinite x too.
-template <typename T>
-bool is_finite(const T* x, int64_t count) {
-  int bad = 0;
-  for (int64_t j = 0; j < count; ++j) bad |= x[j] - x[j] != 0;
-  return bad == 0;
-}
 
 }  // namespace fastdeq

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
 from .closure import cut_above, evaluate, placed_above, same_closure
 from .compaction import autocasts
-from .paths import path_of
 from .spec import Map, Report, SolveSpec, ignore, without_first
 from .unfinished import Product, Unfinished
 
@@ -130,7 +128,7 @@ def _solve_adjoint(
         with torch.no_grad():
             solution = spec.iterate_affine(products(), grad, scale)
         value: Tensor = solution.value.mul_(norm).mul_(largest)
-        report(replace(solution, path=path_of(solution)))
+        report(solution)
         return value.clone()
 
     g = unit.rows
@@ -151,7 +149,7 @@ def _solve_adjoint(
             solution = spec.iterate_affine(products(), g, g.new_ones(len(g)))
         else:
             solution = without_first(spec.iterate(iterated, expanded_zeros(g), lambda u: g))
-    report(replace(solution, value=unit.restore(solution.value), path=path_of(solution)))
+    report(solution.with_value(unit.restore(solution.value)))
     u = _propagate_nonfinite(solution.value, grad)
     if theta is None:
         return unit.restore(u)

@@ -104,7 +104,7 @@ class Compaction:
 
     def confirms(self, solution: Solution, value: Tensor) -> bool:
         """Whether the residuals of a solution are those with ``value`` ``(B, n)``, of the map of
-        all samples at the solution's."""
+        all samples at the solution's: up to a tenth, and what values may differ by."""
         z = solution.value
         sizes = self._packing.parts or [z.shape[1]]
         pairs = zip(value.split(sizes, 1), z.split(sizes, 1), strict=True)

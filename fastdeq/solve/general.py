@@ -18,9 +18,8 @@ from .eager import Eagerly
 from .iteration import is_compiled
 from .low_precision import Latest, full_part, has_low_precision, in_bfloat16, low_part, together
 from .packing import ArgumentWrittenError, Packing
-from .paths import path_of
 from .spec import Map, Report, SolveSpec, Specs, with_evaluations
-from .unfinished import Unfinished
+from .unfinished import NOT_TOLD_APART, Unfinished
 
 
 def _none(samples: Tensor) -> bool:
@@ -105,7 +104,6 @@ def _solve(
         value=packing.unpack(solution.value),
         contraction=specs.structure.contraction,
         batch_dim=specs.options.batch_dim,
-        path=path_of(solution, compaction is not None and compaction.refused),
     )
     return packing.unpack(z), own
 
@@ -142,8 +140,10 @@ def _unfinished(
 ) -> Solution:
     """The solution, with finished samples left out, and confirmed by a value for all samples: if it
     is not, the solve goes on from there with all."""
-    if compaction is None or compaction.refused:
+    if compaction is None:
         return spec.iterate(rows, start, first)
+    if compaction.refused:
+        return replace(spec.iterate(rows, start, first), path=NOT_TOLD_APART)
     f = Unfinished(rows, compaction.narrow, len(start), asks_value=True)
     solution = spec.iterate(f, start, first)
     if not f.left_out:
@@ -154,4 +154,4 @@ def _unfinished(
     compaction.refuse()
     again = spec.iterate(rows, solution.value, lambda _: value)
     made = (solution.evaluations or 0, solution.sample_evaluations or 0)
-    return with_evaluations(again, *made)
+    return replace(with_evaluations(again, *made), path=NOT_TOLD_APART)

@@ -102,6 +102,7 @@ def iterate(
         trend=Trend(middle, end) if options.window else None,
         evaluations=evaluations,
         sample_evaluations=evaluations * len(start),
+        path="general",
     )
 
 

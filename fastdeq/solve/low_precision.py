@@ -9,7 +9,6 @@ of values in two precisions are mostly rounding. Each residual that is reported 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -93,17 +92,17 @@ def low_part(spec: SolveSpec) -> SolveSpec | None:
         patience=min(spec.options.patience, LOW_PATIENCE),
         fixed_iterations=fixed,
     )
-    return _with(spec, options, fixed)
+    return _with(spec, options)
 
 
 def full_part(spec: SolveSpec, begun: Solution) -> SolveSpec:
     """What is left of the solve after ``begun``."""
     fixed = spec.options.fixed_iterations
     if fixed:
-        return _with(spec, replace(spec.options, fixed_iterations=fixed - fixed // 2), fixed)
+        return _with(spec, replace(spec.options, fixed_iterations=fixed - fixed // 2))
     used = int(begun.iterations.max()) if may_look(begun.iterations) and len(begun.status) else 0
     limit = max(spec.options.max_iter - used, 1)
-    return _with(spec, replace(spec.options, max_iter=limit), 0)
+    return _with(spec, replace(spec.options, max_iter=limit))
 
 
 def together(begun: Solution, rest: Solution) -> Solution:
@@ -119,8 +118,8 @@ def together(begun: Solution, rest: Solution) -> Solution:
     )
 
 
-def _with(spec: SolveSpec, options: Any, fixed: int) -> SolveSpec:
+def _with(spec: SolveSpec, options: SolveOptions) -> SolveSpec:
     solver: Any = spec.solver
-    if fixed:
-        solver = dataclasses.replace(solver, fixed_iterations=options.fixed_iterations)
+    if options.fixed_iterations:
+        solver = replace(solver, fixed_iterations=options.fixed_iterations)
     return replace(spec, solver=solver, options=options)

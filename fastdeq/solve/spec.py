@@ -180,6 +180,7 @@ class SolveSpec:
             count,
             rows.new_empty(len(rows)),
             {name: count.clone() for name in self.solver.rejects},
+            path="general",
         )
 
 
@@ -249,7 +250,7 @@ class Specs:
         self.plans: dict[Any, Any] = {}
         """What the compiled extension has prepared; see ``affine.plan_for``."""
         self.wrapped: bool | None = None
-        """Whether the cell contains an affine one; see ``paths.why_general``."""
+        """Whether the cell contains an affine one; see ``why_general``."""
         self.refusals: set[Any] = set()
         """Calls in which samples could not be told apart; see ``compaction.Compaction``."""
 

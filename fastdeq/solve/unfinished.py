@@ -2,8 +2,8 @@
 
 Whenever half of the samples that are evaluated have finished, or more, the rest goes on alone: its
 points are gathered, and its values scattered among those of the others, which nobody reads. So no
-solve makes more than twice the sample-evaluations that its samples need. Counts decide, not clocks:
-the same input takes the same way each time.
+solve makes more than twice the sample-evaluations that its samples need, beside those that are made
+to compare. Counts decide, not clocks: the same input takes the same way each time.
 
 Each time the rest is first evaluated at the last point again, and compared with its part of the
 value that is known there. A difference means that the arguments were told apart wrongly, that
@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from ..solution import Solution
+
+#: ``Solution.path`` where samples were left out, and where they could not be.
+LEFT_OUT = "general, finished samples left out"
+NOT_TOLD_APART = "general, samples not told apart"
 
 Map = Callable[[Tensor], Tensor]
 #: A map of rows that may return None for zeros.
@@ -62,12 +66,15 @@ class Unfinished:
         return self._left_out > 0
 
     def counted(self, solution: Solution) -> Solution:
-        """The solution with the evaluations that were made."""
+        """The solution with the evaluations that were made, and its path."""
         assert solution.sample_evaluations is not None
         assert solution.evaluations is not None
         made = solution.sample_evaluations - self._left_out + sum(self._trials)
         evaluations = solution.evaluations + len(self._trials)
-        return replace(solution, evaluations=evaluations, sample_evaluations=made)
+        path = LEFT_OUT if self.left_out else solution.path
+        if self._narrow is None and not self.left_out:
+            path = NOT_TOLD_APART
+        return replace(solution, evaluations=evaluations, sample_evaluations=made, path=path)
 
     def first(self, map_of_rows: Product) -> Product:
         """``map_of_rows``, another way to the value of all samples."""

@@ -233,4 +233,5 @@ def solve(
         observed_contraction=None if damping is None else (rate - (1 - damping)) / damping,
         evaluations=k + 1 if batch else 0,
         sample_evaluations=(k + 1) * batch if batch else 0,
+        path="general",
     )

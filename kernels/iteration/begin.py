@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import constants
 from ...solvers.solve_options import SolveOptions
-from ..launch import on_device
+from ..launch import limits, on_device
 from ..steps import sample
 from ..steps.begin_end import set_columns
 from . import state
@@ -80,18 +80,15 @@ def begin(
     settings: Tensor, flags: Tensor, numbers: Tensor, options: SolveOptions, dtype: torch.dtype
 ) -> None:
     """Sets what the first evaluation needs; ``dtype`` is that of the state."""
-    limits = torch.finfo(dtype)
+    dtype_limits = torch.finfo(dtype)
     with on_device(settings):
         begin_kernel[(len(flags),)](
             settings=settings,
             flags=flags,
             numbers=numbers,
-            max_iter=options.updates,
-            patience=options.patience,
-            tol=options.tol,
-            atol=options.atol,
-            floor=constants.ROUNDING_FLOOR * limits.eps,
-            largest=limits.max**constants.SIZE_EXPONENT,
+            **limits(options),
+            floor=constants.ROUNDING_FLOOR * dtype_limits.eps,
+            largest=dtype_limits.max**constants.SIZE_EXPONENT,
             damping=options.damping,
             radius=options.radius,
             regularization=options.regularization,

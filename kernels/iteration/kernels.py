@@ -88,6 +88,37 @@ def stay(memory):
     tl.store(memory.flags + STEP, STILL)
 
 
+@triton.jit
+def settle(
+    buffers,
+    memory,
+    chunks,
+    parts,
+    k,
+    most,
+    window,
+    MANY: tl.constexpr,
+    FIXED: tl.constexpr,
+    BALL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The decision of a sample that runs, and whether it goes on."""
+    goes_on = decide(
+        memory,
+        chunks,
+        parts,
+        k,
+        most,
+        window,
+        DTYPE=buffers.point.dtype.element_ty,
+        MANY=MANY,
+        FIXED=FIXED,
+        BALL=BALL,
+        COLUMNS=COLUMNS,
+    )
+    tl.store(buffers.running + k % 2, 1, mask=goes_on)
+
+
 @triton.jit(do_not_specialize=["batch", "k", "most", "copies", "chunks", "parts"])
 def iterate_kernel(
     buffers,
@@ -120,20 +151,7 @@ def iterate_kernel(
             begin, end = span_of(buffers, chunk, length, unit, size, MANY)
             measure(rows, memory, chunk, begin, end, count, OFFSET, COLUMNS, BLOCK)
         tl.debug_barrier()  # the sums are there
-        goes_on = decide(
-            memory,
-            chunks,
-            parts,
-            k,
-            most,
-            window,
-            DTYPE=rows.point.dtype.element_ty,
-            MANY=MANY,
-            FIXED=FIXED,
-            BALL=BALL,
-            COLUMNS=COLUMNS,
-        )
-        tl.store(buffers.running + k % 2, 1, mask=goes_on)
+        settle(buffers, memory, chunks, parts, k, most, window, MANY, FIXED, BALL, COLUMNS)
     elif copies != 0:
         tl.debug_barrier()  # REQUESTED was loaded
         stay(memory)
@@ -198,20 +216,7 @@ def decide_kernel(
     runs = runs_at(memory)
     tl.debug_barrier()
     if runs:
-        goes_on = decide(
-            memory,
-            chunks,
-            parts,
-            k,
-            most,
-            window,
-            DTYPE=buffers.point.dtype.element_ty,
-            MANY=MANY,
-            FIXED=FIXED,
-            BALL=BALL,
-            COLUMNS=COLUMNS,
-        )
-        tl.store(buffers.running + k % 2, 1, mask=goes_on)
+        settle(buffers, memory, chunks, parts, k, most, window, MANY, FIXED, BALL, COLUMNS)
     else:
         stay(memory)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = [80, 90]
+architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
 # What one block may use at most, where the driver is asked for it.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 

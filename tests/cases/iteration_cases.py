@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.ops import solve_common
-from fastdeq.solution import Solution
+from fastdeq.solution import Solution, Status
 from fastdeq.solve import iteration
-from fastdeq.solvers import SolveOptions, Solver, loop
+from fastdeq.solvers import Picard, SolveOptions, Solver, loop
 
 Map = Callable[[Tensor], Tensor]
 
@@ -76,6 +76,47 @@ def assert_same(actual: Solution, expected: Solution, tol: float = 1e-9) -> None
     torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-4, atol=tol)
     for name, counter in expected.rejects.items():
         assert actual.rejects[name].tolist() == counter.tolist()
+
+
+def check_a_fixed_count(by: Callable[..., Solution], f: Map, start: Tensor, count: int) -> None:
+    """``by`` makes so many updates of each sample, and one evaluation more."""
+    calls = []
+
+    def counted(z: Tensor) -> Tensor:
+        calls.append(0)
+        return f(z)
+
+    solver = Picard(fixed_iterations=count)
+    actual = by(counted, start, solver, tol=1e-1, max_iter=100)
+    assert len(calls) == count + 1
+    assert_same(actual, by_loop(f, start, solver, tol=1e-1, max_iter=100))
+    assert actual.iterations.tolist() == [count] * len(start)
+
+
+def check_bad_samples(
+    by: Callable[..., Solution], f: Map, start: Tensor, solver: Solver, bad: float, tol: float
+) -> None:
+    """Sample 2 goes bad at the third evaluation and sample 1 at the fifth: both end with their best
+    iterate, and the others are as without them."""
+    calls = []
+
+    def spoiled(z: Tensor) -> Tensor:
+        value = f(z)
+        calls.append(0)
+        if len(calls) > 4:
+            value[1, 3] = bad
+        if len(calls) > 2:
+            value[2] = bad
+        return value
+
+    actual = by(spoiled, start, solver, tol=tol, max_iter=60)
+    calls.clear()
+    assert_same(actual, by_loop(spoiled, start, solver, tol=tol, max_iter=60))
+    assert Status.NONFINITE in actual.status.tolist()
+    assert actual.value.isfinite().all()
+    healthy = by(f, start, solver, tol=tol, max_iter=60)
+    for b in set(range(len(start))) - {1, 2}:
+        assert torch.equal(actual.value[b], healthy.value[b])
 
 
 def run(case: Case, call: Call, engine: str, backend: str = "auto", device: str = "cpu") -> Outputs:

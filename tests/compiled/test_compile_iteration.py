@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from compile_cases import (
-    ARCHITECTURES,
+    architectures,
     check_resources,
     compile_kernel,
     needs_triton,
@@ -16,7 +16,6 @@ from fastdeq import Anderson, HeavyBall, Picard
 from fastdeq.solvers import SolveOptions
 
 pytestmark = [pytest.mark.compiled, needs_triton]
-architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
 TYPES = {"running": "*i1", "flags": "*i32", "places": "*i32"}
 TYPES |= dict.fromkeys(("spans", "firsts", "addresses"), "*i64")
 TYPES |= dict.fromkeys(("settings", "numbers", "norms", "products", "gram", "gamma"), "*fp64")

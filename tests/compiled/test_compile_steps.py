@@ -7,7 +7,7 @@ import re
 
 import pytest
 from compile_cases import (
-    ARCHITECTURES,
+    architectures,
     check_resources,
     compile_kernel,
     needs_triton,
@@ -15,7 +15,6 @@ from compile_cases import (
 )
 
 pytestmark = [pytest.mark.compiled, needs_triton]
-architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 FLOATS = ("points", "value", "sums", "numbers", "f_history", "g_history", "start_rows", "grad")
 FLOATS += ("slope", "offset", "pre", "residual", "work")

@@ -9,7 +9,7 @@ from engine_cases import Call, make_adjoint, make_forward
 from engine_checks import check_agreement
 from iteration_cases import assert_same
 
-from fastdeq import Anderson, HeavyBall, Neumann, Picard, Status
+from fastdeq import Anderson, HeavyBall, Neumann, Picard
 from fastdeq.activations import ACTIVATIONS
 from fastdeq.backends import extension
 from fastdeq.solve import iteration
@@ -91,43 +91,13 @@ def test_each_part_has_to_meet_the_tolerance(solver, sizes):
 
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_fixed_counts_are_kept(count):
-    f, start = problem()
-    calls = []
-
-    def counted(z):
-        calls.append(z)
-        return f(z)
-
-    solver = Picard(fixed_iterations=count)
-    actual = cases.compiled(counted, start, solver, tol=1e-1, max_iter=100)
-    assert len(calls) == count + 1
-    assert_same(actual, cases.by_loop(f, start, solver, tol=1e-1, max_iter=100))
-    assert actual.iterations.tolist() == [count] * 5
+    cases.check_a_fixed_count(cases.compiled, *problem(), count)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), HeavyBall()], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_sample_ends_alone_with_its_best_iterate(solver, bad):
-    f, start = problem(rate=0.5)
-    calls = []
-
-    def spoiled(z):
-        value = f(z)
-        calls.append(0)
-        if len(calls) > 4:
-            value[1, 3] = bad
-        if len(calls) > 2:
-            value[2] = bad
-        return value
-
-    actual = cases.compiled(spoiled, start, solver, tol=1e-8, max_iter=60)
-    calls.clear()
-    assert_same(actual, cases.by_loop(spoiled, start, solver, tol=1e-8, max_iter=60))
-    assert Status.NONFINITE in actual.status.tolist()
-    assert actual.value.isfinite().all()
-    healthy = cases.compiled(f, start, solver, tol=1e-8, max_iter=60)
-    for b in (0, 3, 4):
-        assert torch.equal(actual.value[b], healthy.value[b])
+    cases.check_bad_samples(cases.compiled, *problem(rate=0.5), solver, bad, tol=1e-8)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(damping=0.8), HeavyBall()], ids=str)

@@ -9,99 +9,32 @@ what it decides then holds for every replay: the solver, the engine, the number 
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 from exact import TOL, S, make_cell
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
-from fastdeq import (
-    AffineCell,
-    BackendError,
-    DEQLayer,
-    Neumann,
-    Picard,
-    Status,
-    cuda_stream,
-    solution,
+from recording_cases import (
+    BATCH,
+    CERTIFIED,
+    FIXED,
+    IN,
+    INTERPRETED,
+    OPTIMISERS,
+    OUT,
+    Training,
+    make_model,
 )
-from fastdeq.ops import orthogonal_factor
+
+from fastdeq import BackendError, DEQLayer, Status
 from fastdeq.weights import factor_cache
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 on_a_device = pytest.mark.skipif(
     INTERPRETED or not torch.cuda.is_available(),
     reason="CUDA graphs need a CUDA device, and kernels that are compiled",
 )
 BACKENDS = ("auto", "reference", "triton", "cuda")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-FIXED = {"solver": Picard(fixed_iterations=14), "adjoint": Neumann(fixed_iterations=14)}
-CERTIFIED = {
-    "solver": Picard(fixed_iterations="certified"),
-    "adjoint": Neumann(fixed_iterations="certified"),
-}
 WARM_UP = 3
-IN, OUT, BATCH = 10, 3, 24
-
-
-class General(nn.Module):
-    """A cell that is not fused."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.linear = nn.Linear(d, d)
-        self.into = nn.Linear(IN, d)
-        nn.init.orthogonal_(self.linear.weight, 0.5)
-
-    def initial_state(self, x):
-        return x.new_zeros(len(x), self.linear.out_features)
-
-    def forward(self, z, x):
-        return torch.tanh(self.linear(z) + self.into(x))
-
-
-class InTwo(nn.Module):
-    """A cell whose state is split in two parts."""
-
-    def __init__(self, cell):
-        super().__init__()
-        self.cell = cell
-
-    def initial_state(self, x):
-        return self.cell.initial_state(x).tensor_split(2, 1)
-
-    def forward(self, z, x):
-        return self.cell(torch.cat(z, 1), x).tensor_split(2, 1)
-
-
-def make_model(kind, d, options, device="cuda"):
-    """A DEQ layer of a dense, orthogonal or general cell, and a linear one."""
-    cell = General(d) if kind == "general" else AffineCell(IN, d, weight=kind, scale=0.5)
-    return nn.Sequential(DEQLayer(cell, **options), nn.Linear(d, OUT)).to(device)
-
-
-class Training:
-    """One model, its optimiser, and inputs that stay in place."""
-
-    def __init__(self, model, optimiser):
-        self.model = model
-        self.x = torch.randn(BATCH, IN, device=model[1].weight.device)
-        self.y = torch.randn(BATCH, OUT, device=model[1].weight.device)
-        self.loss = torch.zeros((), device=self.x.device)
-        self.optimiser = optimiser(model.parameters())
-
-    def load(self, x, y):
-        self.x.copy_(x)
-        self.y.copy_(y)
-
-    def step(self):
-        self.optimiser.zero_grad(set_to_none=True)
-        loss = (self.model(self.x) - self.y).square().mean()
-        loss.backward()
-        self.optimiser.step()
-        self.loss.copy_(loss.detach())
 
 
 def warm_up(step):
@@ -125,12 +58,6 @@ def record(step):
     with torch.cuda.graph(graph, stream=stream):
         step()
     return graph
-
-
-OPTIMISERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, capturable=True),
-}
 
 
 def batches(count):
@@ -260,71 +187,3 @@ def test_eager_steps_after_a_recording_see_what_replays_did():
     raw = recorded.model[0].cell.weight.weight.detach()
     assert (after - before).abs().max() > 1e-6
     torch.testing.assert_close(after, 0.5 * factor_cache.orthogonal_factor(raw))
-
-
-class NoReads(TorchDispatchMode):
-    """Raises where an operation would read a number from the device, or bring one there."""
-
-    READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "unique", "masked_select")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name.lstrip("_") in [read.lstrip("_") for read in self.READS]:
-            raise AssertionError(f"{func} reads from the device")
-        if any(isinstance(a, (list, tuple)) and _has_mask(a) for a in args):
-            raise AssertionError(f"{func} with a mask for an index reads its size")
-        return func(*args, **(kwargs or {}))
-
-
-def _has_mask(indices):
-    return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
-
-
-@pytest.fixture
-def as_if_recording(monkeypatch):
-    """On the CPU, what fastdeq does while a CUDA graph is recorded, as far as Python decides it."""
-    for module in (cuda_stream, solution, factor_cache, orthogonal_factor):
-        monkeypatch.setattr(module, "is_capturing", lambda device: True)
-    with NoReads():
-        yield
-
-
-@pytest.mark.parametrize("on_failure", ["warn", "raise", "ignore"])
-@pytest.mark.parametrize("kind", ["dense", "orthogonal", "symmetric", "general"])
-def test_a_step_of_fixed_iterations_reads_nothing(kind, on_failure, as_if_recording):
-    options = FIXED | {"backend": "reference", "on_failure": on_failure}
-    model = make_model(kind, 192, options, "cpu")
-    Training(model, OPTIMISERS["sgd"]).step()
-    assert model[0].last_solution is not None
-    assert model[0].last_adjoint_solution is not None
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="kernels on the CPU are for the interpreter")
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_step_of_a_general_cell_by_kernels_reads_nothing(parts, as_if_recording):
-    count = {"fixed_iterations": 4}
-    options = {"solver": Picard(**count), "adjoint": Neumann(**count), "backend": "triton"}
-    model = make_model("general", 6, options | {"on_failure": "ignore"}, "cpu")
-    if parts == 2:
-        model[0].cell = InTwo(model[0].cell)
-        model[0].register_forward_hook(lambda layer, x, z: torch.cat(z, 1))
-    Training(model, OPTIMISERS["sgd"]).step()
-    for found in (model[0].last_solution, model[0].last_adjoint_solution):
-        with _disable_current_modes():
-            assert found.iterations.tolist() == [4] * BATCH
-
-
-@pytest.mark.parametrize("gradient", ["implicit", "one_step"])
-def test_a_certified_step_reads_nothing(gradient, as_if_recording):
-    options = CERTIFIED | {"backend": "reference", "gradient": gradient}
-    Training(make_model("orthogonal", 192, options, "cpu"), OPTIMISERS["sgd"]).step()
-
-
-def test_a_read_is_noticed(as_if_recording):
-    x = torch.randn(3)
-    with pytest.raises(AssertionError, match="reads from the device"):
-        x.sum().item()
-    with pytest.raises(AssertionError, match="reads its size"):
-        x[x > 0]
-    with pytest.raises(AssertionError, match="reads from the device"):
-        torch.equal(x, x)

@@ -8,7 +8,7 @@ from fastdeq.kernels.iteration import engine, state
 from iteration_cases import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdeq import Anderson, HeavyBall, Neumann, Picard, Status
+from fastdeq import Anderson, HeavyBall, Neumann, Picard
 from fastdeq.solvers import SolveOptions
 
 SOLVERS = (
@@ -98,42 +98,14 @@ def test_each_part_has_to_meet_the_tolerance(solver, sizes, divided, device):
 @pytest.mark.parametrize("count", [1, 6])
 def test_fixed_counts_are_kept(count, device):
     f, start = cases.contraction(device, batch=2, size=9)
-    calls = []
-
-    def counted(z):
-        calls.append(0)
-        return f(z)
-
-    solver = Picard(fixed_iterations=count)
-    actual = cases.by_triton(counted, start, solver, tol=1e-1, max_iter=100)
-    assert len(calls) == count + 1
-    assert_same(actual, cases.by_loop(f, start, solver, tol=1e-1, max_iter=100))
-    assert actual.iterations.tolist() == [count] * 2
+    cases.check_a_fixed_count(cases.by_triton, f, start, count)
 
 
 @some_solvers
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_sample_ends_alone_with_its_best_iterate(solver, bad, device):
     f, start = cases.contraction(device, rate=0.5)
-    calls = []
-
-    def spoiled(z):
-        value = f(z)
-        calls.append(0)
-        if len(calls) > 4:
-            value[1, 3] = bad
-        if len(calls) > 2:
-            value[2] = bad
-        return value
-
-    actual = cases.by_triton(spoiled, start, solver, tol=1e-6, max_iter=40)
-    calls.clear()
-    assert_same(actual, cases.by_loop(spoiled, start, solver, tol=1e-6, max_iter=40))
-    assert Status.NONFINITE in actual.status.tolist()
-    assert actual.value.isfinite().all()
-    healthy = cases.by_triton(f, start, solver, tol=1e-6, max_iter=40)
-    for b in (0,):
-        assert torch.equal(actual.value[b], healthy.value[b])
+    cases.check_bad_samples(cases.by_triton, f, start, solver, bad, tol=1e-6)
 
 
 def test_rows_of_the_start_that_are_not_finite_are_zeros(device):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from operation_cases import Calls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeq import Anderson, DEQLayer, HeavyBall, Picard, fixed_point
 from fastdeq.backends import extension
@@ -12,16 +12,6 @@ compiled = pytest.mark.skipif(
     extension.module is None, reason=f"no compiled extension: {extension.why_missing}"
 )
 SOLVERS = (Picard(), Anderson(), HeavyBall(), "auto")
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @compiled

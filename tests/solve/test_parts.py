@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operation_cases import Calls
 
 from fastdeq import Anderson, DEQLayer, HeavyBall, Picard, fixed_point
 from fastdeq.backends import extension
@@ -17,16 +17,6 @@ SHAPES = (
     ((3, 2, 5, 3), (3, 0), (3,), (3, 17)),
     ((9, 4, 3, 3, 2), (9, 33)),
 )
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def states(shapes, dtypes=(torch.float64,), layouts=False, seed=0):

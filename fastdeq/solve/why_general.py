@@ -1,4 +1,4 @@
-"""Why a solve went the way it did, in words."""
+"""Why an affine cell is not solved as one, in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ..cells import AffineCell
-from ..solution import Solution
 from .spec import Specs
 
 
@@ -28,13 +27,3 @@ def why_general(cell: Any, context: tuple[Any, ...], registered: bool, specs: Sp
             isinstance(part, AffineCell) for part in cell.modules()
         )
     return f"not fused: an AffineCell inside a {type(cell).__name__}" if specs.wrapped else ""
-
-
-def path_of(solution: Solution, refused: bool = False) -> str:
-    """The path of a solve of a general map, from its counts."""
-    path, batch = "general", len(solution.status)
-    if refused:
-        path += ", samples not told apart"
-    elif (solution.sample_evaluations or 0) < batch * (solution.evaluations or 0):
-        path += ", finished samples left out"
-    return path
