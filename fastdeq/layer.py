@@ -47,9 +47,9 @@ class DEQLayer(nn.Module):
         compact: whether a general cell is evaluated only for the samples that are not finished,
             whenever these are half of those evaluated so far or fewer. Arguments of the cell whose
             size is that of the batch in dimension ``batch_dim`` count samples; a tuple says it for
-            each, x first: ``(0, None)`` where the second is shared. Before it is relied on, the
-            value for a part is compared with that part of the value for all; where they differ a
-            warning says so, once, and all samples are evaluated. Fused solves always do so.
+            each, x first: ``(0, None)`` where the second is shared. Values for a part are compared
+            with those for all before they are relied on, and one for all confirms the result; where
+            they differ a warning says so, once, and all are evaluated. Fused solves always do so.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.

@@ -54,10 +54,10 @@ class Solution:
         evaluations: how often the solve called the map, or made a product with its Jacobian in an
             adjoint solve; None in a fused solve, where each sample has a count of its own.
         sample_evaluations: the samples in these calls; less than B for each where finished
-            samples were left out (``compact``).
+            samples were left out (``compact``). A forward solve's comparisons are counted.
         narrow_evaluations: how many of these calls were in bfloat16 (``precision="mixed"``).
         path: "fused" or "general", with the reason where an ``AffineCell`` is solved as a general
-            map, and what became of ``compact``.
+            map, and what became of ``compact`` in this direction.
     """
 
     value: Any

@@ -197,6 +197,26 @@ def test_gradients_of_extreme_sizes_and_none(device):
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-3, atol=1e-3)
 
 
+def test_a_fixed_count_leaves_nothing_out(device):
+    calls = []
+
+    def cell(z, x):
+        calls.append(len(z))
+        return torch.tanh(0.3 * z.flip(1) + x)
+
+    x = torch.randn(4, 5, device=device)
+    layer = DEQLayer(
+        cell,
+        solver=Picard(fixed_iterations=5),
+        backend="triton",
+        compact=True,
+        on_failure="ignore",
+    )
+    with torch.no_grad():
+        layer(x)
+    assert calls == [4] * 6
+
+
 def test_finished_samples_are_left_out(device):
     calls = []
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdeq import GMRES, Anderson, DEQLayer, Picard, Status
 from fastdeq.backends import extension
+from fastdeq.solvers import Step
 
 SOLVERS = [
     (Picard(), "neumann"),
@@ -245,12 +246,42 @@ def test_a_cell_that_cannot_take_one_sample_alone():
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-7)
 
 
-def test_fixed_counts_leave_nothing_out():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_fixed_counts_leave_nothing_out(backend):
     cell, (x, gain) = Cell(), data(8)
-    layer = DEQLayer(cell, solver=Picard(fixed_iterations=9), compact=True, on_failure="ignore")
+    solver = Picard(fixed_iterations=9)
+    layer = DEQLayer(cell, solver=solver, compact=True, on_failure="ignore", backend=backend)
     with torch.no_grad():
         layer(x, gain)
     assert cell.calls == [8] * 10
+
+
+def test_a_solver_of_ones_own_may_keep_values():
+    """The mean with the value before, which has to be as it was."""
+
+    class Averaging:
+        name, linear, needs, patience, rejects = "own", False, frozenset(), 50, ()
+
+        def init(self, point, problem):
+            return {"before": point}
+
+        def step(self, state, point, value, norm, running):
+            following = 0.8 * value + 0.2 * state["before"]
+            state["before"] = value
+            return Step(following, None, ~norm.isfinite())
+
+        def counters(self, state):
+            return ()
+
+    cell, (x, gain) = Cell(), data(16, slow=[2, 11])
+    solutions = []
+    for compact in (False, True):
+        layer = DEQLayer(cell, solver=Averaging(), compact=compact, tol=1e-8, max_iter=900)
+        with torch.no_grad():
+            layer(x, gain)
+        solutions.append(layer.last_solution)
+    assert "left out" in solutions[1].path
+    assert solutions[1].iterations.tolist() == solutions[0].iterations.tolist()
 
 
 def test_on_the_meta_device():

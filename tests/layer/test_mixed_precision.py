@@ -200,3 +200,23 @@ def test_a_solver_of_ones_own_with_a_count():
     with torch.no_grad():
         DEQLayer(cell, solver=Own(), precision="mixed", max_iter=10, on_failure="ignore")(x)
     assert len(cell.dtypes) == 7
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8, 0.9])
+def test_full_precision_takes_over_where_bfloat16_ends(scale):
+    """At the first evaluation whose residuals are all within 2**-7."""
+    worst = []
+
+    class Watched(Cell):
+        def forward(self, z, x):
+            value = super().forward(z, x)
+            residual = (value - z).norm(dim=1) / value.norm(dim=1)
+            worst.append((self.dtypes[-1], float(residual.max())))
+            return value
+
+    with torch.no_grad():
+        layer = DEQLayer(Watched(scale=scale), solver="picard", tol=1e-6, precision="mixed")
+        layer(torch.randn(9, 32))
+    in_bfloat16 = [residual for dtype, residual in worst if dtype == torch.bfloat16]
+    assert len(in_bfloat16) >= 3
+    assert min(in_bfloat16[:-1]) > 2**-7 >= in_bfloat16[-1]
