@@ -6,28 +6,27 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backends.choose import Backend
 from .cells import AffineCell
 from .errors import explain_call, lists_options
 from .failure import OnFailure
 from .options import AdjointName, BatchDim, Compact, Gradient, Options, Precision, SolverName, State
-from .solution import Solution
 from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.cell_map import CellMap
-from .solve.checked_maps import CheckedMaps
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
-from .solve.record import OnSolution, Record, check_watching, new_record
+from .solve.record import OnSolution
+from .solve.recorded import Recorded
 from .solve.spec import Specs
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
 from .solve.why_general import why_general
 from .solvers import Solver, Structure
 
 
-class DEQLayer(nn.Module):
+class DEQLayer(Recorded):
     """Outputs the state ``z*`` that solves ``z = cell(z, x)``, with its implicit gradient.
 
     Args:
@@ -93,11 +92,6 @@ class DEQLayer(nn.Module):
         BackendError: a backend or precision that cannot be had for the input.
     """
 
-    _specs: Specs | None = None
-    _record: Record
-    _checked: CheckedMaps
-    _original_cell: tuple[Any, ...] = ()  # of the layer that a replica stands for
-
     @lists_options("DEQLayer")
     def __init__(
         self,
@@ -142,9 +136,7 @@ class DEQLayer(nn.Module):
             backend=backend,
             on_failure=on_failure,
         )
-        self.keep_solutions, self.on_solution = check_watching(keep_solutions, on_solution)
-        self._record = new_record(self.keep_solutions, self.on_solution)
-        self._checked = CheckedMaps()
+        self._watch(keep_solutions, on_solution)
 
     def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
         """The equilibrium for x; further arguments go to the cell after x.
@@ -234,30 +226,6 @@ class DEQLayer(nn.Module):
         record.judge_forward()
         return z
 
-    @property
-    def last_solution(self) -> Solution | None:
-        """The :class:`Solution` of the latest forward solve, or None."""
-        return self._record.solution("forward")
-
-    @last_solution.setter
-    def last_solution(self, solution: Solution | None) -> None:
-        self._record.put("forward", solution)
-
-    @property
-    def solutions(self) -> dict[str, list[Solution]]:
-        """The latest ``keep_solutions`` of each direction, "forward" and "adjoint", oldest first,
-        without their values."""
-        return self._record.kept()
-
-    @property
-    def last_adjoint_solution(self) -> Solution | None:
-        """The :class:`Solution` of the latest backward solve, or None."""
-        return self._record.solution("adjoint")
-
-    @last_adjoint_solution.setter
-    def last_adjoint_solution(self, solution: Solution | None) -> None:
-        self._record.put("adjoint", solution)
-
     def _plain(self) -> bool:
         return isinstance(self.cell, AffineCell) and self.cell.is_plain()
 
@@ -280,21 +248,6 @@ class DEQLayer(nn.Module):
             found = self._specs = Specs(self.options, structure)
         self._record.on_failure = self.options.on_failure
         return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start without the record of past solves and checks."""
-        state = self.__dict__.copy()
-        state["_record"] = new_record(self.keep_solutions, self.on_solution)
-        state["_checked"] = CheckedMaps()
-        state.pop("_specs", None)
-        return state
-
-    def _replicate_for_data_parallel(self) -> Any:
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        # Each replica solves a part of its own.
-        replica._record = new_record(self.keep_solutions, self.on_solution, self._record.warned)
-        replica._original_cell = self._original_cell or (self.cell,)
-        return replica
 
     def extra_repr(self) -> str:
         return self.options.shown()
