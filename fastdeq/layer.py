@@ -18,6 +18,7 @@ from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
+from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
 from .solve.spec import Specs
@@ -174,7 +175,7 @@ class DEQLayer(Recorded):
         self._record.forward = None  # the one before need not take memory meanwhile
         try:
             z, solution = solve_map(
-                CellMap(cell, (x, *context)),
+                CellMap(pinned(cell) if torch.is_grad_enabled() else cell, (x, *context)),
                 start,
                 specs,
                 report,

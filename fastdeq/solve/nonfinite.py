@@ -57,6 +57,8 @@ def mark_nonfinite(
     def each(state: Any) -> Any:
         return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
 
+    if not may_look(bad) and may_look(solution.status):
+        return each(z), solution  # under a transform, whose samples are not those of the solve
     marked = dataclasses.replace(
         solution,
         value=each(solution.value),
