@@ -10,6 +10,7 @@ from .cells import AffineCell
 from .errors import BackendError, CoupledSamplesError, ExtensionWarning
 from .failure import ConvergenceError, ConvergenceWarning
 from .functional import fixed_point
+from .gradients import Phantom, Reversible, Truncated, Unrolled
 from .layer import DEQLayer
 from .solution import Solution, Status
 from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
@@ -49,10 +50,14 @@ __all__ = [
     "Neumann",
     "Orthogonal",
     "OrthogonalMap",
+    "Phantom",
     "Picard",
+    "Reversible",
     "Solution",
     "Status",
     "Symmetric",
     "SymmetricMap",
+    "Truncated",
+    "Unrolled",
     "fixed_point",
 ]

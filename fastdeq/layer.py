@@ -12,7 +12,8 @@ from .backends.choose import Backend
 from .cells import AffineCell
 from .errors import explain_call, lists_options
 from .failure import OnFailure
-from .options import AdjointName, BatchDim, Compact, Gradient, Options, Precision, SolverName, State
+from .gradients import Gradient, GradientMethod
+from .options import AdjointName, BatchDim, Compact, Options, Precision, SolverName, State
 from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
@@ -38,7 +39,12 @@ class DEQLayer(Recorded):
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
             "picard", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
-            gradient of one application of the cell, biased and cheap).
+            gradient of one application of the cell, biased and cheap); "phantom", "truncated",
+            "unrolled", "reversible", or an object such as ``Phantom(steps=5, damping=0.5)``, which
+            return the end of the steps that they differentiate: docs/gradients.md.
+        adjoint_limit: most that the adjoint of a sample may exceed its incoming gradient by, in
+            2-norms; larger ones are scaled down to it and counted in ``Solution.limited``. None:
+            any. For samples near a singular ``I - J``.
         batch_dim: which dimension of the state counts samples, the same in each of its parts: an
             int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
             all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
@@ -99,7 +105,8 @@ class DEQLayer(Recorded):
         *,
         solver: SolverName | Solver = "auto",
         adjoint: AdjointName | Solver = "auto",
-        gradient: Gradient = "implicit",
+        gradient: Gradient | GradientMethod = "implicit",
+        adjoint_limit: float | None = None,
         batch_dim: BatchDim = 0,
         compact: Compact = False,
         tol: float = 1e-4,
@@ -123,6 +130,7 @@ class DEQLayer(Recorded):
             solver=solver,
             adjoint=adjoint,
             gradient=gradient,
+            adjoint_limit=adjoint_limit,
             batch_dim=batch_dim,
             compact=compact,
             tol=tol,

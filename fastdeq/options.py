@@ -6,13 +6,16 @@ import contextlib
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from .backends.choose import BACKENDS
 from .backends.choose import Backend as Backend
 from .errors import check_choice
 from .failure import ON_FAILURE
 from .failure import OnFailure as OnFailure
+from .gradients import GRADIENTS as GRADIENTS
+from .gradients import Gradient as Gradient
+from .gradients import GradientMethod, check_together, named_gradient
 from .samples import BatchDim as BatchDim
 from .samples import Compact as Compact
 from .samples import check_batch_dim, check_compact
@@ -24,8 +27,6 @@ State = TypeVar("State")
 SolverName = Literal["auto", "picard", "anderson", "heavy_ball", "energy"]
 AdjointName = Literal["auto", "picard", "anderson", "heavy_ball", "neumann", "gmres", "minres"]
 Precision = Literal["auto", "float32", "mixed"]
-Gradient = Literal["implicit", "one_step"]
-GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 #: The largest iteration limit: the engines count updates, and one evaluation more, in 32 bits.
 MOST_ITERATIONS = 2**31 - 2
@@ -37,7 +38,8 @@ class Options:
 
     solver: SolverName | Solver = "auto"
     adjoint: AdjointName | Solver = "auto"
-    gradient: Gradient = "implicit"
+    gradient: Gradient | GradientMethod = "implicit"
+    adjoint_limit: float | None = None
     batch_dim: BatchDim = 0
     compact: Compact = False
     tol: float = 1e-4
@@ -65,7 +67,7 @@ class Options:
         object.__setattr__(self, "registered", registered)
         object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
         object.__setattr__(self, "compact", check_compact(self.compact, self.batch_dim))
-        check_choice(self.gradient, GRADIENTS, "gradient")
+        object.__setattr__(self, "gradient", named_gradient(self.gradient))
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
@@ -76,15 +78,34 @@ class Options:
             if (limit := getattr(self, name)) is not None or name == "max_iter":
                 object.__setattr__(self, name, _limit(name, limit))
 
+        if self.adjoint_limit is not None:
+            object.__setattr__(self, "adjoint_limit", check_adjoint_limit(self.adjoint_limit))
+        if self.gradient != "implicit" or self.adjoint_limit is not None:
+            solver, precision = check_together(
+                self.gradient,
+                self.solver,
+                self.precision,
+                self.backend,
+                self.compact,
+                self.adjoint_limit,
+            )
+            object.__setattr__(self, "solver", solver)
+            object.__setattr__(self, "precision", precision)
+
     def shown(self) -> str:
         """What a layer shows of them."""
         shown = (
             f"solver={self.solver!r}, adjoint={self.adjoint!r}, tol={self.tol:g}, "
             f"max_iter={self.max_iter}"
         )
-        for name, default in (("batch_dim", 0), ("compact", False)):
+        for name, default in (
+            ("gradient", "implicit"),
+            ("adjoint_limit", None),
+            ("batch_dim", 0),
+            ("compact", False),
+        ):
             if (value := getattr(self, name)) != default:
-                shown += f", {name}={value}"
+                shown += f", {name}={value!r}"
         return shown
 
     def adjoint_limits(self) -> dict[str, Any]:
@@ -119,6 +140,17 @@ def _tolerance(name: str, value: object) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
     return number
+
+
+def check_adjoint_limit(value: object) -> float:
+    """``value`` as a float; raises ValueError unless it is a number >= 1."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 1 <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(
+            "adjoint_limit must be a finite number >= 1 such as 10.0, the most that the adjoint of "
+            f"a sample may exceed its gradient by, or None, got {value!r}."
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 def _limit(name: str, value: object) -> int:

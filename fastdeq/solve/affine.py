@@ -18,6 +18,7 @@ from ..activations import ACTIVATIONS
 from ..backends import extension
 from ..errors import BackendError
 from ..solution import Solution
+from . import affine_tracked
 from .affine_autograd import AffineFixedPoint, affine_gradients
 from .autograd import one_step
 from .spec import Report, SolveSpec, Specs
@@ -64,6 +65,10 @@ def solve_affine(
     value = outputs[0]
     if not needs_grad:
         return value.clone(), solution  # what comes next may write to it
+    if specs.options.gradient != "one_step":
+        return affine_tracked.attach(
+            specs, weight, injection, start, activation, solution
+        ), solution
     phi = ACTIVATIONS[activation].function
     failed = solution.nonfinite.unsqueeze(1)
     attached = one_step(lambda rows: phi(torch.addmm(injection, rows, weight.t())), value)
@@ -114,7 +119,7 @@ def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bo
         or weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.float64)
         or (specs.structure.bitwise_symmetric and len(weight) >= _PACKED_ONCE_FROM)
-        or specs.options.gradient != "implicit"
+        or (differentiable and specs.options.gradient != "implicit")
     ):
         return None
     rows = weight.detach()

@@ -84,11 +84,11 @@ def affine_gradients(
     if not torch.is_grad_enabled():
         q = spec.adjoint(w, slope, g, packed, report)
         if needs_weight:
-            with _without_autocast(z.device.type):
+            with without_autocast(z.device.type):
                 grad_weight = torch.mm(q.t(), at).to(weight.dtype)
         return grad_weight, q.to(c.dtype)
     # A derivative of this gradient needs D as a function of what it depends on.
-    with _without_autocast(z.device.type):
+    with without_autocast(z.device.type):
         failed = (status == int(Status.NONFINITE)).unsqueeze(1)
         pre = torch.addmm(c.to(dtype), at, w.t())
         slope = ACTIVATIONS[activation].slope(torch.where(failed, 0.0, pre))
@@ -116,13 +116,14 @@ class LinearSolve(Function):
         if h is None:
             return (None,) * 5
         weight, slope, grad, q = ctx.saved_tensors
-        with _without_autocast(h.device.type):
+        with without_autocast(h.device.type):
             p = LinearSolve.apply(ctx.spec, ignore, weight.t(), slope, h)
             grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
             return None, None, q.t() @ p, grad_slope, p
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off for a device, where it is on."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

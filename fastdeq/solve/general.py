@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Solution, may_look
-from . import autograd
+from . import autograd, tracked_steps
 from .cell_map import CellMap
 from .checked_maps import CheckedMaps
 from .compaction import Compaction
@@ -91,8 +91,10 @@ def _solve(
             parts = None if compaction is None else compaction.parts(around)
             adjoint = replace(specs.adjoint, parts=packing.parts)
             attached = autograd.attach(adjoint, report, around(rows), z, parts)
-        else:
+        elif specs.options.gradient == "one_step":
             attached = autograd.one_step(rows, z)
+        else:
+            attached = tracked_steps.attach(specs.options.gradient, rows, start, solution)
         if _none(solution.nonfinite):
             z = attached
         else:

@@ -23,6 +23,7 @@ ROOMS = (
     "functional",
     "solve",
     "options",
+    "gradients",
     "cells",
     "weights",
     "ops",
