@@ -96,8 +96,9 @@ class Reversible(CheckedOptions):
     evaluations, and vector-Jacobian products. A solve of its own: ``solver`` stays at "auto".
 
     Args:
-        beta: in (0, 1). Rounding grows by up to ``(1 + beta |J|) / (1 - beta)`` in each half of an
-            inverted update: smaller values, and fewer updates, keep it down.
+        beta: in (0, 1). Rounding, of float64, grows by up to ``(1 + beta |J|) / (1 - beta)`` in
+            each half of an inverted update, so that the gradient of 10 updates is exact and that of
+            50 may not be: the residual of the adjoint solution estimates its relative error.
 
     Source: "Reversible Deep Equilibrium Models", 2025, arXiv 2509.12917.
     """

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..activations import ACTIVATIONS
 from ..backends import extension
 from ..errors import BackendError
+from ..gradients import Reversible
 from ..solution import Solution
 from . import affine_tracked
 from .affine_autograd import AffineFixedPoint, affine_gradients
@@ -58,6 +59,10 @@ def solve_affine(
         packed = specs.packed_weight(weight, c, start)
         z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start, packed)
         return z, specs.forward.solution(outputs, specs.structure.contraction)
+    if isinstance(specs.options.gradient, Reversible):
+        return affine_tracked.reversible(
+            specs, weight, injection, start, activation, report, finite
+        )
     # A compiled program would pack for this solve alone; the engine does so in memory that stays.
     packed = None if torch.compiler.is_compiling() else specs.packed_weight(weight, c, start)
     outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False, packed)
@@ -120,6 +125,7 @@ def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bo
         or weight.dtype not in (torch.float32, torch.float64)
         or (specs.structure.bitwise_symmetric and len(weight) >= _PACKED_ONCE_FROM)
         or (differentiable and specs.options.gradient != "implicit")
+        or isinstance(specs.options.gradient, Reversible)
     ):
         return None
     rows = weight.detach()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradients import Reversible
 from ..solution import Solution, may_look
-from . import autograd, tracked_steps
+from . import autograd, reversible, tracked_steps
 from .cell_map import CellMap
 from .checked_maps import CheckedMaps
 from .compaction import Compaction
@@ -77,24 +78,31 @@ def _solve(
             return rows(point).detach()
 
     differentiable = torch.is_grad_enabled()
+    gradient, ends = specs.options.gradient, None
     compaction = _compaction_of(f, packing, specs)
-    with torch.no_grad():
-        solution = _iterate(rows, start, first, compaction, packing, specs)
+    if isinstance(gradient, Reversible):
+        spec = replace(specs.forward, parts=packing.parts)
+        solution, ends = reversible.solve(rows, start, spec, gradient, first)
+    else:
+        with torch.no_grad():
+            solution = _iterate(rows, start, first, compaction, packing, specs)
     z = solution.value
     if torch.is_grad_enabled():
         check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
         if check is not None:
             with Eagerly():
                 check(rows)
-        if specs.options.gradient == "implicit":
-            around = autograd.autocast_of_now(z.device.type)
+        around = autograd.autocast_of_now(z.device.type)
+        if gradient == "implicit":
             parts = None if compaction is None else compaction.parts(around)
             adjoint = replace(specs.adjoint, parts=packing.parts)
             attached = autograd.attach(adjoint, report, around(rows), z, parts)
-        elif specs.options.gradient == "one_step":
+        elif gradient == "one_step":
             attached = autograd.one_step(rows, z)
+        elif ends is not None:
+            attached = reversible.attach(around(rows), ends, specs.adjoint, report)
         else:
-            attached = tracked_steps.attach(specs.options.gradient, rows, start, solution)
+            attached = tracked_steps.attach(gradient, rows, start, solution)
         if _none(solution.nonfinite):
             z = attached
         else:

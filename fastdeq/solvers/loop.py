@@ -84,7 +84,7 @@ class Residual(NamedTuple):
     finite: bool
 
 
-def _residual(
+def residual_of(
     value: Tensor,
     point: Tensor,
     tol: float,
@@ -92,6 +92,7 @@ def _residual(
     parts: Sequence[int] | None,
     looks: bool,
 ) -> Residual:
+    """Of ``value = f(point)``, both ``(B, n)``, or of the worst of ``parts``."""
     difference = value - point
     largest = torch.finfo(value.dtype).max ** SIZE_EXPONENT
     norm, size, finite = _norms(difference, value, largest, looks)
@@ -173,7 +174,7 @@ def solve(
         max_iter = -1
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
-        norm, relative, limit, finite = _residual(value, point, tol, atol, parts, looks)
+        norm, relative, limit, finite = residual_of(value, point, tol, atol, parts, looks)
 
         # Comparisons with NaN are false.
         lower = norm < least if finite else (norm < least) & relative.isfinite()
