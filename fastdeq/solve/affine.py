@@ -22,7 +22,7 @@ from ..solution import Solution
 from . import affine_tracked
 from .affine_autograd import AffineFixedPoint, affine_gradients
 from .autograd import one_step
-from .spec import Report, SolveSpec, Specs
+from .spec import Report, SolveSpec, Specs, has_no_numbers
 
 # The size from which on packing a symmetric weight for one solve takes longer than the way through
 # Python, where its packed form is found again. Measured: 4 us at 32, 21 at 256, 1000 at 1024.
@@ -59,7 +59,7 @@ def solve_affine(
         packed = specs.packed_weight(weight, c, start)
         z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start, packed)
         return z, specs.forward.solution(outputs, specs.structure.contraction)
-    if isinstance(specs.options.gradient, Reversible):
+    if isinstance(specs.options.gradient, Reversible) and not has_no_numbers(c):
         return affine_tracked.reversible(
             specs, weight, injection, start, activation, report, finite
         )
@@ -70,7 +70,7 @@ def solve_affine(
     value = outputs[0]
     if not needs_grad:
         return value.clone(), solution  # what comes next may write to it
-    if specs.options.gradient != "one_step":
+    if specs.options.gradient != "one_step" and not has_no_numbers(value):
         return affine_tracked.attach(
             specs, weight, injection, start, activation, solution
         ), solution

@@ -19,7 +19,7 @@ from .eager import Eagerly
 from .iteration import is_compiled
 from .low_precision import Latest, full_part, has_low_precision, in_bfloat16, low_part, together
 from .packing import ArgumentWrittenError, Packing
-from .spec import Map, Report, SolveSpec, Specs, with_evaluations
+from .spec import Map, Report, SolveSpec, Specs, has_no_numbers, with_evaluations
 from .unfinished import NOT_TOLD_APART, Unfinished
 
 
@@ -80,7 +80,7 @@ def _solve(
     differentiable = torch.is_grad_enabled()
     gradient, ends = specs.options.gradient, None
     compaction = _compaction_of(f, packing, specs)
-    if isinstance(gradient, Reversible):
+    if isinstance(gradient, Reversible) and not has_no_numbers(start):
         spec = replace(specs.forward, parts=packing.parts)
         solution, ends = reversible.solve(rows, start, spec, gradient, first)
     else:
@@ -97,10 +97,10 @@ def _solve(
             parts = None if compaction is None else compaction.parts(around)
             adjoint = replace(specs.adjoint, parts=packing.parts)
             attached = autograd.attach(adjoint, report, around(rows), z, parts)
-        elif gradient == "one_step":
-            attached = autograd.one_step(rows, z)
         elif ends is not None:
             attached = reversible.attach(around(rows), ends, specs.adjoint, report)
+        elif gradient == "one_step" or has_no_numbers(z):
+            attached = autograd.one_step(rows, z)
         else:
             attached = tracked_steps.attach(gradient, rows, start, solution)
         if _none(solution.nonfinite):

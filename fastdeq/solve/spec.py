@@ -130,7 +130,7 @@ class SolveSpec:
         fake or on the meta device, are evaluated once: for shapes.
         """
         first = first or f
-        if _has_no_numbers(start):
+        if has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
         compiled = self.is_compiled(start)
@@ -223,7 +223,7 @@ def _is_traced(rows: Tensor) -> bool:
     return get_proxy_mode() is not None
 
 
-def _has_no_numbers(rows: Tensor) -> bool:
+def has_no_numbers(rows: Tensor) -> bool:
     """Whether rows are fake or on the meta device. Not while a graph is recorded, which has to
     contain the iteration."""
     if type(rows) is Tensor or _is_traced(rows):

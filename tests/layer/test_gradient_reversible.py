@@ -195,3 +195,18 @@ def test_what_it_does_not_go_with(options):
         problem("general", gradient="reversible", **options)
     with pytest.raises(ValueError, match="beta must be in"):
         Reversible(beta=1.0)
+
+
+def test_lost_states_do_not_overflow():
+    theta = torch.tensor(-0.9, dtype=torch.float64, requires_grad=True)
+    z0 = torch.zeros(1, 1, dtype=torch.float64)
+    options = {"gradient": "reversible", "on_failure": "ignore", "tol": 0.0, "max_iter": 1000}
+    adjoint = []
+    z, _ = fixed_point(
+        lambda z: theta * z + 1, z0, on_solution=lambda _, s: adjoint.append(s), **options
+    )
+    (grad,) = torch.autograd.grad(z.sum(), theta)
+    off = abs(grad - 1 / (1 - theta) ** 2)
+    assert adjoint[0].iterations[0] == adjoint[1].iterations[0] == 1000
+    assert off < adjoint[1].residual[0] < 0.3  # the estimate
+    assert off < 0.01
