@@ -125,6 +125,7 @@ def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bo
         or weight.dtype not in (torch.float32, torch.float64)
         or (specs.structure.bitwise_symmetric and len(weight) >= _PACKED_ONCE_FROM)
         or (differentiable and specs.options.gradient != "implicit")
+        or (differentiable and specs.options.adjoint_limit is not None)
         or isinstance(specs.options.gradient, Reversible)
     ):
         return None

@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from ..activations import ACTIVATIONS
 from ..solution import Status
+from .adjoint_limit import limited_affine
 from .spec import Report, SolveSpec, Specs, ignore
 
 
@@ -82,7 +83,13 @@ def affine_gradients(
     w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
     grad_weight = None
     if not torch.is_grad_enabled():
-        q = spec.adjoint(w, slope, g, packed, report)
+        if spec.limit is None:
+            q = spec.adjoint(w, slope, g, packed, report)
+        else:
+            with without_autocast(z.device.type):
+                q = limited_affine(
+                    spec, report, lambda s, r: s.adjoint(w, slope, g, packed, r), w, g
+                )
         if needs_weight:
             with without_autocast(z.device.type):
                 grad_weight = torch.mm(q.t(), at).to(weight.dtype)
@@ -92,7 +99,13 @@ def affine_gradients(
         failed = (status == int(Status.NONFINITE)).unsqueeze(1)
         pre = torch.addmm(c.to(dtype), at, w.t())
         slope = ACTIVATIONS[activation].slope(torch.where(failed, 0.0, pre))
-        q = LinearSolve.apply(spec, report, w, slope, torch.where(failed, 0.0, g))
+        g = torch.where(failed, 0.0, g)
+        if spec.limit is None:
+            q = LinearSolve.apply(spec, report, w, slope, g)
+        else:
+            q = limited_affine(
+                spec, report, lambda s, r: LinearSolve.apply(s, r, w, slope, g), w, g
+            )
         if needs_weight:
             grad_weight = (q.t() @ at).to(weight.dtype)
     return grad_weight, q.to(c.dtype)

@@ -22,6 +22,7 @@ from torch.autograd import Function, forward_ad
 
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
+from .adjoint_limit import limits_adjoint
 from .closure import cut_above, evaluate, placed_above, same_closure
 from .compaction import autocasts
 from .spec import Map, Report, SolveSpec, ignore, without_first
@@ -93,6 +94,7 @@ class FixedPoint(Function):
         return None, None, None, None, None, None, None, *grads
 
 
+@limits_adjoint
 def _solve_adjoint(
     spec: SolveSpec,
     report: Report,

@@ -47,6 +47,7 @@ class SolveSpec:
     backend: str
     bitwise_symmetric: bool
     parts: Sequence[int] | None = None  # sizes of the parts of a row, each to meet the tolerance
+    limit: float | None = None  # of an adjoint; see ``adjoint_limit``
     _engines: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def engine(self, rows: Tensor, *others: Tensor | None) -> str:
@@ -259,7 +260,8 @@ class Specs:
         if self._adjoint is None:
             limits = self.options.adjoint_limits()
             solver = resolve(self.options.adjoint, self.structure, limits["tol"], adjoint=True)
-            self._adjoint = self._spec("adjoint solve", solver, limits)
+            spec = self._spec("adjoint solve", solver, limits)
+            self._adjoint = replace(spec, limit=self.options.adjoint_limit)
         return self._adjoint
 
     def packed_weight(self, weight: Tensor, rows: Tensor, start: Tensor | None) -> Tensor | None:
