@@ -1,10 +1,10 @@
 """Limits the adjoint of samples next to a singular ``I - J``.
 
 Per sample, ``u = g + J^T u`` is scaled down to ``|u| <= limit |g|``, 2-norms: its direction stays,
-which is that of the nearly singular vector. So is the adjoint of a sample that did not converge, its
-best iterate. In second derivatives whatever goes back through the layer is limited in
-the same way, and the scale is differentiated; the solve for what u itself depends on is not
-limited. Solvers know nothing of it, and nothing runs where there is no limit.
+which is that of the nearly singular vector. So is the best iterate of a sample that did not
+converge. In second derivatives whatever goes back through the layer is limited in the same way, and
+the scale is differentiated; the solve for what u itself depends on is not limited. Solvers know
+nothing of it, and nothing runs where there is no limit.
 """
 
 from __future__ import annotations
