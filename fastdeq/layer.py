@@ -60,6 +60,7 @@ class DEQLayer(Recorded):
         adjoint_tol: the same for the adjoint; None: ``tol``.
         atol: see ``tol``; for equilibria near zero, which no relative tolerance reaches soon.
         adjoint_atol: the same for the adjoint, next to a right-hand side scaled to norm 1.
+        min_iter: no sample of the forward solve converges before so many updates.
         max_iter: most updates of a sample; one further evaluation verifies the last of them. A
             solver with ``fixed_iterations`` has its own count.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
@@ -113,6 +114,7 @@ class DEQLayer(Recorded):
         adjoint_tol: float | None = None,
         atol: float = 0.0,
         adjoint_atol: float = 0.0,
+        min_iter: int = 0,
         max_iter: int = 100,
         adjoint_max_iter: int | None = None,
         patience: int | None = None,
@@ -137,6 +139,7 @@ class DEQLayer(Recorded):
             adjoint_tol=adjoint_tol,
             atol=atol,
             adjoint_atol=adjoint_atol,
+            min_iter=min_iter,
             max_iter=max_iter,
             adjoint_max_iter=adjoint_max_iter,
             patience=patience,

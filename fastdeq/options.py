@@ -46,6 +46,7 @@ class Options:
     adjoint_tol: float | None = None
     atol: float = 0.0
     adjoint_atol: float = 0.0
+    min_iter: int = 0
     max_iter: int = 100
     adjoint_max_iter: int | None = None
     patience: int | None = None
@@ -77,6 +78,8 @@ class Options:
         for name in ("max_iter", "adjoint_max_iter", "patience"):
             if (limit := getattr(self, name)) is not None or name == "max_iter":
                 object.__setattr__(self, name, _limit(name, limit))
+        if self.min_iter != 0:
+            object.__setattr__(self, "min_iter", _least(self.min_iter, self.max_iter))
 
         if self.adjoint_limit is not None:
             object.__setattr__(self, "adjoint_limit", check_adjoint_limit(self.adjoint_limit))
@@ -140,6 +143,16 @@ def _tolerance(name: str, value: object) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
     return number
+
+
+def _least(value: object, most: int) -> int:
+    """``value`` as an int; raises ValueError unless it is one from 0 to ``most``."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or not 0 <= value <= most:  # type: ignore[operator]
+        raise ValueError(
+            f"min_iter must be an integer from 0 to max_iter, here {most}, got {value!r}."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def check_adjoint_limit(value: object) -> float:

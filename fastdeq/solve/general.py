@@ -16,7 +16,6 @@ from .cell_map import CellMap
 from .checked_maps import CheckedMaps
 from .compaction import Compaction
 from .eager import Eagerly
-from .iteration import is_compiled
 from .low_precision import Latest, full_part, has_low_precision, in_bfloat16, low_part, together
 from .packing import ArgumentWrittenError, Packing
 from .spec import Map, Report, SolveSpec, Specs, has_no_numbers, with_evaluations
@@ -48,9 +47,7 @@ def solve_map(
     packing = Packing(z0, specs.options.batch_dim)
     # Only the compiled iteration leaves a point alone that somebody keeps.
     rows = packing.pack(z0)
-    packing.copies = rows.is_inference() or not is_compiled(
-        specs.forward.solver, specs.options.backend, rows.detach()
-    )
+    packing.copies = rows.is_inference() or not specs.forward.is_compiled(rows.detach())
     try:
         return _solve(f, rows, packing, specs, report, checked, known_as)
     except ArgumentWrittenError:

@@ -89,6 +89,8 @@ def solve(f: Map, start: Tensor, spec: SolveSpec, method: Any, first: Map) -> tu
         residual = torch.where(running, torch.where(finite, seen.relative, torch.inf), residual)
         status = torch.where(running & ~finite, _NONFINITE, status)
         converged = running & (seen.relative <= seen.limit)
+        if k < options.min_iter:
+            converged = torch.zeros_like(converged)
         status = torch.where(converged, _CONVERGED, status)
         running = running & finite & ~converged
         if k == options.max_iter or not bool(running.any()):

@@ -155,11 +155,14 @@ class SolveSpec:
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             start_value=first(start) if len(start) else None,
             follow=follow,
+            min_iter=self.options.min_iter,
         )
         return finish(replace(solution, solver=self.solver, trend=traced))
 
     def is_compiled(self, start: Tensor) -> bool:
         """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
+        if self.options.min_iter and (start.device.type != "cpu" or self.backend == "triton"):
+            return False  # the kernels do not know it
         return is_compiled(self.solver, self.backend, start)
 
     def iterate_affine(
@@ -244,8 +247,8 @@ class Specs:
     def __init__(self, options: Options, structure: Structure):
         self.options, self.structure = options, structure
         solver = resolve(options.solver, structure, options.tol, adjoint=False)
-        limits = {"tol": options.tol, "atol": options.atol, "max_iter": options.max_iter}
-        self.forward = self._spec("solve", solver, limits)
+        limits = ("tol", "atol", "min_iter", "max_iter")
+        self.forward = self._spec("solve", solver, {k: getattr(options, k) for k in limits})
         self._adjoint: SolveSpec | None = None
         self._packed = PackedWeight()
         self.plans: dict[Any, Any] = {}

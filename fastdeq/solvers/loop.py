@@ -126,6 +126,7 @@ def solve(
     patience: int | None = None,
     parts: Sequence[int] | None = None,
     follow: Follow | None = None,
+    min_iter: int = 0,
 ) -> Solution:
     """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
 
@@ -136,6 +137,8 @@ def solve(
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
     ``follow`` hears after each evaluation which samples go on; the values of the others may be any
     finite ones from then on.
+
+    No sample converges or stagnates before ``min_iter`` updates.
 
     A solver with ``fixed_iterations`` makes exactly so many updates of every sample that stays
     finite, and nothing is read from the device; otherwise the host waits in each
@@ -181,7 +184,7 @@ def solve(
         improved = judged & ((relative < best_residual) | lower)
         if isinstance(limit, Tensor):  # the norms of two iterates may both be lower
             improved = improved | (judged & (relative <= limit) & (best_residual > best_limit))
-        if fixed:  # what meets the tolerance gives way to nothing else
+        if fixed or min_iter:  # what meets the tolerance gives way to nothing else
             improved = improved & ((relative <= limit) | (best_residual > best_limit))
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
@@ -193,7 +196,7 @@ def solve(
         if damping is not None:  # of plain steps, which show how the map contracts
             rate = torch.where(judged, norm / before, rate)
             before = norm
-        if not fixed:
+        if not fixed and k >= min_iter:
             running = running & (best_residual > best_limit)
         if k == max_iter or (not fixed and not (left := count.left(running))):
             break
@@ -208,11 +211,13 @@ def solve(
             stalled = running & step.stalled
             status = torch.where(stalled, _STAGNATED, status)
             running = running & ~stalled
-        if k >= PATIENCE and not fixed:  # earlier, no sample can have been idle for so long
+        if (
+            k >= max(PATIENCE, min_iter) and not fixed
+        ):  # earlier, no sample can have been idle for so long
             stagnated = running & (idle >= PATIENCE) & (best_residual < floor)
             status = torch.where(stagnated, _STAGNATED, status)
             running = running & ~stagnated
-        if k >= half and not fixed:
+        if k >= max(half, min_iter) and not fixed:
             due = judged & (idle % half == 0)
             falls = half_now < STILL_FALLING * half_before
             stagnated = running & due & (idle >= patience) & ~falls
