@@ -14,6 +14,7 @@ from .gradients import Phantom, Reversible, Truncated, Unrolled
 from .layer import DEQLayer
 from .solution import Solution, Status
 from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
+from .trajectory import trajectory
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
@@ -65,4 +66,5 @@ __all__ = [
     "fixed_point",
     "jacobian_penalty",
     "spectral_radius",
+    "trajectory",
 ]

@@ -15,10 +15,11 @@ from .failure import OnFailure
 from .gradients import Gradient, GradientMethod
 from .options import AdjointName, BatchDim, Compact, Options, Precision, SolverName, State
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.along import Along
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
-from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
+from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of, zeroed
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
 from .solve.spec import Specs
@@ -172,7 +173,9 @@ class DEQLayer(Recorded):
         return self._solve_general(x, context, z0)
 
     @outside_graphs
-    def _solve_general(self, x: Any, context: tuple[Any, ...], z0: Any) -> Any:
+    def _solve_general(
+        self, x: Any, context: tuple[Any, ...], z0: Any, along: Along | None = None
+    ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
         start = start_for(cell, x) if z0 is None else z0
@@ -191,6 +194,7 @@ class DEQLayer(Recorded):
                 report,
                 self._checked,
                 self._original_cell[0] if self._original_cell else cell,
+                along,
             )
         except EXPLAINED as error:
             if isinstance(error, TypeError):
@@ -200,6 +204,8 @@ class DEQLayer(Recorded):
             raise
         if finite is not None and dims is not None:
             z, solution = mark_nonfinite(z, solution, ~finite, dims)
+            if along is not None:
+                along.states = [zeroed(state, ~finite, dims) for state in along.states]
         why = why_general(cell, context, self.options.registered, specs)
         if why:
             solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")

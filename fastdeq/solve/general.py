@@ -12,6 +12,7 @@ from torch import Tensor
 from ..gradients import Reversible
 from ..solution import Solution, may_look
 from . import autograd, reversible, tracked_steps
+from .along import Along
 from .cell_map import CellMap
 from .checked_maps import CheckedMaps
 from .compaction import Compaction
@@ -34,8 +35,10 @@ def solve_map(
     report: Report,
     checked: CheckedMaps,
     known_as: Any,
+    along: Along | None = None,
 ) -> tuple[Any, Solution]:
-    """``z = f(z)`` for f on states like ``z0``. ``report`` receives the adjoint's solution.
+    """``z = f(z)`` for f on states like ``z0``. ``report`` receives the adjoint's solution, and
+    ``along`` states on the way.
 
     In grad mode samples are seen to be independent, unless ``checked`` knows the map ``known_as``,
     which stands for f.
@@ -49,10 +52,10 @@ def solve_map(
     rows = packing.pack(z0)
     packing.copies = rows.is_inference() or not specs.forward.is_compiled(rows.detach())
     try:
-        return _solve(f, rows, packing, specs, report, checked, known_as)
+        return _solve(f, rows, packing, specs, report, checked, known_as, along)
     except ArgumentWrittenError:
         packing.copies = True
-    return _solve(f, packing.pack(z0), packing, specs, report, checked, known_as)
+    return _solve(f, packing.pack(z0), packing, specs, report, checked, known_as, along)
 
 
 def _solve(
@@ -63,6 +66,7 @@ def _solve(
     report: Report,
     checked: CheckedMaps,
     known_as: Any,
+    along: Along | None,
 ) -> tuple[Any, Solution]:
     rows = packing.rowwise(f)
 
@@ -82,13 +86,14 @@ def _solve(
         solution, ends = reversible.solve(rows, start, spec, gradient, first)
     else:
         with torch.no_grad():
-            solution = _iterate(rows, start, first, compaction, packing, specs)
+            watched = rows if along is None else along.watching(rows)
+            solution = _iterate(watched, start, first, compaction, packing, specs)
     z = solution.value
-    if torch.is_grad_enabled():
-        check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
-        if check is not None:
-            with Eagerly():
-                check(rows)
+
+    def attach(solution: Solution) -> Tensor:
+        z: Tensor = solution.value
+        if not differentiable:
+            return z.clone()  # the caller may write to it
         around = autograd.autocast_of_now(z.device.type)
         if gradient == "implicit":
             parts = None if compaction is None else compaction.parts(around)
@@ -101,11 +106,17 @@ def _solve(
         else:
             attached = tracked_steps.attach(gradient, rows, start, solution)
         if _none(solution.nonfinite):
-            z = attached
-        else:
-            z = torch.where(solution.nonfinite.unsqueeze(1), z, attached)
-    else:
-        z = z.clone()  # the caller may write to it
+            return attached
+        return torch.where(solution.nonfinite.unsqueeze(1), z, attached)
+
+    if differentiable:
+        check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
+        if check is not None:
+            with Eagerly():
+                check(rows)
+    if along is not None:
+        along.finish(solution, attach, packing.unpack)
+    z = attach(solution)
     own = replace(
         solution,
         value=packing.unpack(solution.value),

@@ -19,6 +19,7 @@ ROOMS = (
     PACKAGE,
     "study",
     "diagnostics",
+    "trajectory",
     "layer",
     "functional",
     "solve",
