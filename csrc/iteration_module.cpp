@@ -49,6 +49,7 @@ SolveOptions options_of(const py::object& given) {
   o.max_weight = number("max_weight");
   o.safeguard = number("safeguard");
   o.accelerate_above = number("accelerate_above");
+  o.min_iter = count_of(given, "min_iter");
   return o;
 }
 

@@ -10,21 +10,26 @@ from .cells import AffineCell
 from .errors import BackendError, CoupledSamplesError, ExtensionWarning
 from .failure import ConvergenceError, ConvergenceWarning
 from .functional import fixed_point
+from .gradients import Phantom, Reversible, Truncated, Unrolled
 from .layer import DEQLayer
 from .solution import Solution, Status
 from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
+from .trajectory import trajectory
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
     from . import diagnostics as diagnostics
+    from .diagnostics import jacobian_penalty, spectral_radius
 else:
 
     def __getattr__(name):
-        """``fastdeq.diagnostics`` when it is first looked for: a solve does not need it."""
-        if name == "diagnostics":
+        """``fastdeq.diagnostics`` and its functions that training uses, when they are first looked
+        for: a solve does not need them."""
+        if name in ("diagnostics", "jacobian_penalty", "spectral_radius"):
             import importlib
 
-            return importlib.import_module(".diagnostics", __name__)
+            found = importlib.import_module(".diagnostics", __name__)
+            return found if name == "diagnostics" else getattr(found, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -49,10 +54,17 @@ __all__ = [
     "Neumann",
     "Orthogonal",
     "OrthogonalMap",
+    "Phantom",
     "Picard",
+    "Reversible",
     "Solution",
     "Status",
     "Symmetric",
     "SymmetricMap",
+    "Truncated",
+    "Unrolled",
     "fixed_point",
+    "jacobian_penalty",
+    "spectral_radius",
+    "trajectory",
 ]

@@ -45,6 +45,11 @@ _ADVICE: dict[Status, dict[str, str]] = {
     Status.NONFINITE: {"input": "look for NaN or infinity in the input, the weights and the cell"},
 }
 
+_REVERSIBLE = (
+    'raise max_iter or tol, take another beta, or another gradient than "reversible"',
+    "raise adjoint_tol (the residual estimates the relative error), take a smaller beta, or "
+    'another gradient than "reversible"',
+)
 _NAMES = {"max_iter": "max_iter", "tol": "tol", "solver": "solver", "kind": "solver"}
 _ADJOINT_NAMES = {
     "max_iter": "adjoint_max_iter",
@@ -111,6 +116,8 @@ def _to_try(solution: Solution, seen: list[Status], adjoint: bool) -> str:
     wider = _wider_window(solution)
     if wider is not None:
         advice["solver"] = f"take a longer history, {names['solver']}={wider}"
+    if getattr(solution.solver, "name", "") == "reversible":
+        advice = {"gradient": _REVERSIBLE[adjoint]}
     *most, last = advice.values()
     return f"{', '.join(most)}, or {last}" if most else last
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from .backends.choose import Backend
 from .errors import lists_options
 from .failure import OnFailure, handle_failure
-from .options import AdjointName, BatchDim, Gradient, Options, Precision, SolverName, State
+from .gradients import Gradient, GradientMethod
+from .options import AdjointName, BatchDim, Options, Precision, SolverName, State
 from .solution import Solution
 from .solve.checked_maps import with_the_code_of
 from .solve.eager import outside_graphs
@@ -25,12 +26,14 @@ def fixed_point(
     *,
     solver: SolverName | Solver = "auto",
     adjoint: AdjointName | Solver = "auto",
-    gradient: Gradient = "implicit",
+    gradient: Gradient | GradientMethod = "implicit",
+    adjoint_limit: float | None = None,
     batch_dim: BatchDim = 0,
     tol: float = 1e-4,
     adjoint_tol: float | None = None,
     atol: float = 0.0,
     adjoint_atol: float = 0.0,
+    min_iter: int = 0,
     max_iter: int = 100,
     adjoint_max_iter: int | None = None,
     patience: int | None = None,
@@ -65,11 +68,13 @@ def fixed_point(
         solver=solver,
         adjoint=adjoint,
         gradient=gradient,
+        adjoint_limit=adjoint_limit,
         batch_dim=batch_dim,
         tol=tol,
         adjoint_tol=adjoint_tol,
         atol=atol,
         adjoint_atol=adjoint_atol,
+        min_iter=min_iter,
         max_iter=max_iter,
         adjoint_max_iter=adjoint_max_iter,
         patience=patience,

@@ -12,12 +12,14 @@ from .backends.choose import Backend
 from .cells import AffineCell
 from .errors import explain_call, lists_options
 from .failure import OnFailure
-from .options import AdjointName, BatchDim, Compact, Gradient, Options, Precision, SolverName, State
+from .gradients import Gradient, GradientMethod
+from .options import AdjointName, BatchDim, Compact, Options, Precision, SolverName, State
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.along import Along
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
-from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
+from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of, zeroed
 from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
@@ -39,7 +41,12 @@ class DEQLayer(Recorded):
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
             "picard", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
-            gradient of one application of the cell, biased and cheap).
+            gradient of one application of the cell, biased and cheap); "phantom", "truncated",
+            "unrolled", "reversible", or an object such as ``Phantom(steps=5, damping=0.5)``, which
+            return the end of the steps that they differentiate: docs/gradients.md.
+        adjoint_limit: most that the adjoint of a sample may exceed its incoming gradient by, in
+            2-norms; larger ones are scaled down to it and counted in ``Solution.limited``. None:
+            any. For samples near a singular ``I - J``.
         batch_dim: which dimension of the state counts samples, the same in each of its parts: an
             int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
             all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
@@ -55,6 +62,7 @@ class DEQLayer(Recorded):
         adjoint_tol: the same for the adjoint; None: ``tol``.
         atol: see ``tol``; for equilibria near zero, which no relative tolerance reaches soon.
         adjoint_atol: the same for the adjoint, next to a right-hand side scaled to norm 1.
+        min_iter: no sample of the forward solve converges before so many updates.
         max_iter: most updates of a sample; one further evaluation verifies the last of them. A
             solver with ``fixed_iterations`` has its own count.
         adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
@@ -100,13 +108,15 @@ class DEQLayer(Recorded):
         *,
         solver: SolverName | Solver = "auto",
         adjoint: AdjointName | Solver = "auto",
-        gradient: Gradient = "implicit",
+        gradient: Gradient | GradientMethod = "implicit",
+        adjoint_limit: float | None = None,
         batch_dim: BatchDim = 0,
         compact: Compact = False,
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         atol: float = 0.0,
         adjoint_atol: float = 0.0,
+        min_iter: int = 0,
         max_iter: int = 100,
         adjoint_max_iter: int | None = None,
         patience: int | None = None,
@@ -124,12 +134,14 @@ class DEQLayer(Recorded):
             solver=solver,
             adjoint=adjoint,
             gradient=gradient,
+            adjoint_limit=adjoint_limit,
             batch_dim=batch_dim,
             compact=compact,
             tol=tol,
             adjoint_tol=adjoint_tol,
             atol=atol,
             adjoint_atol=adjoint_atol,
+            min_iter=min_iter,
             max_iter=max_iter,
             adjoint_max_iter=adjoint_max_iter,
             patience=patience,
@@ -162,7 +174,9 @@ class DEQLayer(Recorded):
         return self._solve_general(x, context, z0)
 
     @outside_graphs
-    def _solve_general(self, x: Any, context: tuple[Any, ...], z0: Any) -> Any:
+    def _solve_general(
+        self, x: Any, context: tuple[Any, ...], z0: Any, along: Along | None = None
+    ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
         start = start_for(cell, x) if z0 is None else z0
@@ -181,6 +195,7 @@ class DEQLayer(Recorded):
                 report,
                 self._checked,
                 self._original_cell[0] if self._original_cell else cell,
+                along,
             )
         except EXPLAINED as error:
             if isinstance(error, TypeError):
@@ -190,6 +205,8 @@ class DEQLayer(Recorded):
             raise
         if finite is not None and dims is not None:
             z, solution = mark_nonfinite(z, solution, ~finite, dims)
+            if along is not None:
+                along.states = [zeroed(state, ~finite, dims) for state in along.states]
         why = why_general(cell, context, self.options.registered, specs)
         if why:
             solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")

@@ -6,13 +6,16 @@ import contextlib
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from .backends.choose import BACKENDS
 from .backends.choose import Backend as Backend
 from .errors import check_choice
 from .failure import ON_FAILURE
 from .failure import OnFailure as OnFailure
+from .gradients import GRADIENTS as GRADIENTS
+from .gradients import Gradient as Gradient
+from .gradients import GradientMethod, check_together, named_gradient
 from .samples import BatchDim as BatchDim
 from .samples import Compact as Compact
 from .samples import check_batch_dim, check_compact
@@ -24,8 +27,6 @@ State = TypeVar("State")
 SolverName = Literal["auto", "picard", "anderson", "heavy_ball", "energy"]
 AdjointName = Literal["auto", "picard", "anderson", "heavy_ball", "neumann", "gmres", "minres"]
 Precision = Literal["auto", "float32", "mixed"]
-Gradient = Literal["implicit", "one_step"]
-GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 #: The largest iteration limit: the engines count updates, and one evaluation more, in 32 bits.
 MOST_ITERATIONS = 2**31 - 2
@@ -37,13 +38,15 @@ class Options:
 
     solver: SolverName | Solver = "auto"
     adjoint: AdjointName | Solver = "auto"
-    gradient: Gradient = "implicit"
+    gradient: Gradient | GradientMethod = "implicit"
+    adjoint_limit: float | None = None
     batch_dim: BatchDim = 0
     compact: Compact = False
     tol: float = 1e-4
     adjoint_tol: float | None = None
     atol: float = 0.0
     adjoint_atol: float = 0.0
+    min_iter: int = 0
     max_iter: int = 100
     adjoint_max_iter: int | None = None
     patience: int | None = None
@@ -65,7 +68,7 @@ class Options:
         object.__setattr__(self, "registered", registered)
         object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
         object.__setattr__(self, "compact", check_compact(self.compact, self.batch_dim))
-        check_choice(self.gradient, GRADIENTS, "gradient")
+        object.__setattr__(self, "gradient", named_gradient(self.gradient))
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
@@ -75,6 +78,22 @@ class Options:
         for name in ("max_iter", "adjoint_max_iter", "patience"):
             if (limit := getattr(self, name)) is not None or name == "max_iter":
                 object.__setattr__(self, name, _limit(name, limit))
+        if self.min_iter != 0:
+            object.__setattr__(self, "min_iter", _least(self.min_iter, self.max_iter))
+
+        if self.adjoint_limit is not None:
+            object.__setattr__(self, "adjoint_limit", check_adjoint_limit(self.adjoint_limit))
+        if self.gradient != "implicit" or self.adjoint_limit is not None:
+            solver, precision = check_together(
+                self.gradient,
+                self.solver,
+                self.precision,
+                self.backend,
+                self.compact,
+                self.adjoint_limit,
+            )
+            object.__setattr__(self, "solver", solver)
+            object.__setattr__(self, "precision", precision)
 
     def shown(self) -> str:
         """What a layer shows of them."""
@@ -82,9 +101,14 @@ class Options:
             f"solver={self.solver!r}, adjoint={self.adjoint!r}, tol={self.tol:g}, "
             f"max_iter={self.max_iter}"
         )
-        for name, default in (("batch_dim", 0), ("compact", False)):
+        for name, default in (
+            ("gradient", "implicit"),
+            ("adjoint_limit", None),
+            ("batch_dim", 0),
+            ("compact", False),
+        ):
             if (value := getattr(self, name)) != default:
-                shown += f", {name}={value}"
+                shown += f", {name}={value!r}"
         return shown
 
     def adjoint_limits(self) -> dict[str, Any]:
@@ -119,6 +143,27 @@ def _tolerance(name: str, value: object) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0 such as 1e-4, got {value!r}.")
     return number
+
+
+def _least(value: object, most: int) -> int:
+    """``value`` as an int; raises ValueError unless it is one from 0 to ``most``."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or not 0 <= value <= most:  # type: ignore[operator]
+        raise ValueError(
+            f"min_iter must be an integer from 0 to max_iter, here {most}, got {value!r}."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def check_adjoint_limit(value: object) -> float:
+    """``value`` as a float; raises ValueError unless it is a number >= 1."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 1 <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(
+            "adjoint_limit must be a finite number >= 1 such as 10.0, the most that the adjoint of "
+            f"a sample may exceed its gradient by, or None, got {value!r}."
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 def _limit(name: str, value: object) -> int:

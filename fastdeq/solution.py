@@ -56,6 +56,8 @@ class Solution:
         sample_evaluations: the samples in these calls; less than B for each where finished
             samples were left out (``compact``). A forward solve's comparisons are counted.
         narrow_evaluations: how many of these calls were in bfloat16 (``precision="mixed"``).
+        limited: ``(B,)`` bool, of an adjoint with ``adjoint_limit``: which samples were scaled down
+            to it; None elsewhere. Status, iterations and residual are those of the solve before.
         path: "fused" or "general", with the reason where an ``AffineCell`` is solved as a general
             map, and what became of ``compact`` in this direction.
     """
@@ -74,6 +76,7 @@ class Solution:
     sample_evaluations: int | None = None
     narrow_evaluations: int = 0
     path: str = ""
+    limited: Tensor | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -143,10 +146,11 @@ class Solution:
         counts = ", ".join(
             f"{int((self.status == s).sum())} {s.name}" for s in Status if (self.status == s).any()
         )
-        return (
+        text = (
             f"{self.status.numel()} samples: {counts}; iterations {int(self.iterations.min())} to "
             f"{int(self.iterations.max())}; worst residual {float(self.residual.max()):.1e}"
         )
+        return text if self.limited is None else f"{text}; {int(self.limited.sum())} limited"
 
     def __repr__(self) -> str:
         return f"Solution({self.summary()})"

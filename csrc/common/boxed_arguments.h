@@ -114,6 +114,7 @@ inline SolveOptions read_options(BoxedArguments& arguments) {
   o.max_weight = arguments.number("max_weight");
   o.safeguard = arguments.number("safeguard");
   o.accelerate_above = arguments.number("accelerate_above");
+  o.min_iter = arguments.count("min_iter", 0);
   return o;
 }
 

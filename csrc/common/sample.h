@@ -105,7 +105,7 @@ FASTDEQ_HOST_DEVICE inline Status status_of_failure(const Sample& s) {
 // Asked once after each full-precision evaluation of an iterate that does not end the solve:
 // whether the sample is to be given up. See fastdeq/solvers/loop.py.
 FASTDEQ_HOST_DEVICE inline bool is_out_of_patience(Sample& s, const SolveOptions& o) {
-  if (o.fixed()) return false;
+  if (o.fixed() || s.iterations < o.min_iter) return false;
   if (s.iterations >= kPatience && s.idle >= kPatience && s.best_residual < o.floor) return true;
   const int32_t half = o.patience > 3 ? o.patience / 2 : 1;
   if (s.iterations < half || s.idle % half != 0) return false;
@@ -197,7 +197,7 @@ FASTDEQ_HOST_DEVICE inline Decision verify(Sample& s, const SolveOptions& o, dou
   s.idle = d.improved ? 0 : s.idle + 1;
   if (norm < s.half_now) s.half_now = norm;
   d.status = status_at_the_limit(s);
-  d.stop = s.iterations == o.updates() || (s.converged && !o.fixed());
+  d.stop = s.iterations == o.updates() || (s.converged && !o.fixed() && s.iterations >= o.min_iter);
   return d;
 }
 

@@ -51,6 +51,7 @@ struct SolveOptions {
   double max_weight = 0;
   double safeguard = 0;
   double accelerate_above = 0;
+  int32_t min_iter = 0;
 
   // Of the dtype: the relative residual at which rounding may be all that is left, and the norm at
   // which a state counts as diverged.

@@ -253,7 +253,7 @@ class Worker {
     const bool retries = l.mode == Mode::kTrial && options_.solver == Solver::kEnergy;
     if (!__builtin_isfinite(norm) && !retries) return finish(l, status_of_failure(l));
     if (!symmetric_solver_.step(l, at, relative) || is_out_of_patience(l, options_)) {
-      return finish(l, Status::kStagnated);
+      return finish(l, l.converged ? Status::kConverged : Status::kStagnated);
     }
     ++l.iterations;
     return false;

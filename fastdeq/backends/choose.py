@@ -151,6 +151,8 @@ def _why_not_persistent(request: Request) -> str:
 def _why_not_triton(request: Request) -> str:
     if request.device_type != "cuda" and request.backend != "triton":
         return "on the CPU it is for tests alone"  # in the interpreter, where asked for by name
+    if request.options.min_iter:
+        return "it knows no min_iter"
     if request.options.first_window:
         return "its history does not grow, as first_window says"
     return why_not_device("triton", request.device_type)

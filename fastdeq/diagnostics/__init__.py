@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .estimate import Estimate
 from .jacobian import jacobian_norm, spectral_radius
+from .penalty import jacobian_penalty
 from .symmetric import EigenvalueBounds, eigenvalue_bounds
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "Estimate",
     "eigenvalue_bounds",
     "jacobian_norm",
+    "jacobian_penalty",
     "spectral_radius",
 ]

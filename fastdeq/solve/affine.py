@@ -17,12 +17,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..activations import ACTIVATIONS
 from ..backends import extension
 from ..errors import BackendError
+from ..gradients import Reversible
 from ..solution import Solution
-from . import transformed
+from . import affine_tracked, transformed
 from .affine_autograd import AffineFixedPoint, affine_gradients
 from .autograd import one_step
 from .batched_gradients import for_each
-from .spec import Report, SolveSpec, Specs
+from .spec import Report, SolveSpec, Specs, has_no_numbers
 
 # The size from which on packing a symmetric weight for one solve takes longer than the way through
 # Python, where its packed form is found again. Measured: 4 us at 32, 21 at 256, 1000 at 1024.
@@ -61,6 +62,10 @@ def solve_affine(
         packed = specs.packed_weight(weight, c, start)
         z, *outputs = AffineFixedPoint.apply(specs, activation, report, weight, c, start, packed)
         return z, specs.forward.solution(outputs, specs.structure.contraction)
+    if isinstance(specs.options.gradient, Reversible) and not has_no_numbers(c):
+        return affine_tracked.reversible(
+            specs, weight, injection, start, activation, report, finite
+        )
     # A compiled program would pack for this solve alone; the engine does so in memory that stays.
     packed = None if torch.compiler.is_compiling() else specs.packed_weight(weight, c, start)
     outputs = specs.forward.forward(weight.detach(), c.detach(), start, activation, False, packed)
@@ -68,6 +73,10 @@ def solve_affine(
     value = outputs[0]
     if not needs_grad:
         return value.clone(), solution  # what comes next may write to it
+    if specs.options.gradient != "one_step" and not has_no_numbers(value):
+        return affine_tracked.attach(
+            specs, weight, injection, start, activation, solution
+        ), solution
     phi = ACTIVATIONS[activation].function
     failed = solution.nonfinite.unsqueeze(1)
     attached = one_step(lambda rows: phi(torch.addmm(injection, rows, weight.t())), value)
@@ -118,7 +127,9 @@ def _make_plan(specs: Specs, weight: Tensor, activation: str, differentiable: bo
         or weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.float64)
         or (specs.structure.bitwise_symmetric and len(weight) >= _PACKED_ONCE_FROM)
-        or specs.options.gradient != "implicit"
+        or (differentiable and specs.options.gradient != "implicit")
+        or (differentiable and specs.options.adjoint_limit is not None)
+        or isinstance(specs.options.gradient, Reversible)
     ):
         return None
     rows = weight.detach()

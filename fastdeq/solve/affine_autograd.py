@@ -21,6 +21,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from ..activations import ACTIVATIONS
 from ..solution import Status
+from .adjoint_limit import limited_affine
 from .batched_gradients import for_each, is_batched, tangent_of
 from .spec import Report, SolveSpec, Specs, ignore
 
@@ -88,17 +89,29 @@ def affine_gradients(
     w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
     grad_weight = None
     if not torch.is_grad_enabled() and not is_batched(grad):
-        q = spec.adjoint(w, slope, g, packed, report)
+        if spec.limit is None:
+            q = spec.adjoint(w, slope, g, packed, report)
+        else:
+            with without_autocast(z.device.type):
+                q = limited_affine(
+                    spec, report, lambda s, r: s.adjoint(w, slope, g, packed, r), w, g
+                )
         if needs_weight:
-            with _without_autocast(z.device.type):
+            with without_autocast(z.device.type):
                 grad_weight = torch.mm(q.t(), at).to(weight.dtype)
         return grad_weight, q.to(c.dtype)
     # A derivative of this gradient needs D as a function of what it depends on.
-    with _without_autocast(z.device.type):
+    with without_autocast(z.device.type):
         failed = (status == int(Status.NONFINITE)).unsqueeze(1)
         pre = torch.addmm(c.to(dtype), at, w.t())
         slope = ACTIVATIONS[activation].slope(torch.where(failed, 0.0, pre))
-        q = LinearSolve.apply(spec, report, w, slope, torch.where(failed, 0.0, g))
+        g = torch.where(failed, 0.0, g)
+        if spec.limit is None:
+            q = LinearSolve.apply(spec, report, w, slope, g)
+        else:
+            q = limited_affine(
+                spec, report, lambda s, r: LinearSolve.apply(s, r, w, slope, g), w, g
+            )
         if needs_weight:
             grad_weight = (q.t() @ at).to(weight.dtype)
     return grad_weight, q.to(c.dtype)
@@ -130,7 +143,7 @@ class LinearSolve(Function):
             p = LinearSolve.apply(ctx.spec, ignore, weight.t(), slope, h)
             return q.t() @ p, (h + p @ weight.t()) * (grad + q @ weight), p
 
-        with _without_autocast(h.device.type):
+        with without_autocast(h.device.type):
             return None, None, *for_each(gradients, h)
 
     @staticmethod
@@ -181,7 +194,8 @@ class LinearSolve(Function):
         return LinearSolve.apply(spec, report, weight, *rows).unflatten(0, (count, -1)), 0
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off for a device, where it is on."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

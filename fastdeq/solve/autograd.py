@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
+from .adjoint_limit import limits_adjoint
 from .batched_gradients import as_one, is_batched
 from .closure import cut_above, evaluate, placed_above, same_closure
 from .compaction import autocasts
@@ -97,6 +98,7 @@ class FixedPoint(Function):
         return None, None, None, None, None, None, None, *grads
 
 
+@limits_adjoint
 def _solve_adjoint(
     spec: SolveSpec,
     report: Report,

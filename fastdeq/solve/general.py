@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradients import Reversible
 from ..solution import Solution, may_look
-from . import autograd, transformed
+from . import autograd, reversible, tracked_steps, transformed
+from .along import Along
 from .cell_map import CellMap
 from .checked_maps import CheckedMaps
 from .compaction import Compaction
 from .eager import Eagerly
-from .iteration import is_compiled
 from .low_precision import Latest, full_part, has_low_precision, in_bfloat16, low_part, together
 from .packing import ArgumentWrittenError, Packing
-from .spec import Map, Report, SolveSpec, Specs, with_evaluations
+from .spec import Map, Report, SolveSpec, Specs, has_no_numbers, with_evaluations
 from .unfinished import NOT_TOLD_APART, Unfinished
 
 
@@ -34,8 +35,10 @@ def solve_map(
     report: Report,
     checked: CheckedMaps,
     known_as: Any,
+    along: Along | None = None,
 ) -> tuple[Any, Solution]:
-    """``z = f(z)`` for f on states like ``z0``. ``report`` receives the adjoint's solution.
+    """``z = f(z)`` for f on states like ``z0``. ``report`` receives the adjoint's solution, and
+    ``along`` states on the way.
 
     In grad mode samples are seen to be independent, unless ``checked`` knows the map ``known_as``,
     which stands for f.
@@ -45,18 +48,18 @@ def solve_map(
         CoupledSamplesError: a sample depends on another one.
     """
     if transformed.is_active():
+        if along is not None:
+            raise ValueError("states along a solve cannot be had under torch.func transforms.")
         return transformed.solve_map(f, z0, specs, report)
     packing = Packing(z0, specs.options.batch_dim)
     # Only the compiled iteration leaves a point alone that somebody keeps.
     rows = packing.pack(z0)
-    packing.copies = rows.is_inference() or not is_compiled(
-        specs.forward.solver, specs.options.backend, rows.detach()
-    )
+    packing.copies = rows.is_inference() or not specs.forward.is_compiled(rows.detach())
     try:
-        return _solve(f, rows, packing, specs, report, checked, known_as)
+        return _solve(f, rows, packing, specs, report, checked, known_as, along)
     except ArgumentWrittenError:
         packing.copies = True
-    return _solve(f, packing.pack(z0), packing, specs, report, checked, known_as)
+    return _solve(f, packing.pack(z0), packing, specs, report, checked, known_as, along)
 
 
 def _solve(
@@ -67,6 +70,7 @@ def _solve(
     report: Report,
     checked: CheckedMaps,
     known_as: Any,
+    along: Along | None,
 ) -> tuple[Any, Solution]:
     rows = packing.rowwise(f)
 
@@ -79,28 +83,44 @@ def _solve(
             return rows(point).detach()
 
     differentiable = torch.is_grad_enabled()
+    gradient, ends = specs.options.gradient, None
     compaction = _compaction_of(f, packing, specs)
-    with torch.no_grad():
-        solution = _iterate(rows, start, first, compaction, packing, specs)
+    if isinstance(gradient, Reversible) and not has_no_numbers(start):
+        spec = replace(specs.forward, parts=packing.parts)
+        solution, ends = reversible.solve(rows, start, spec, gradient, first)
+    else:
+        with torch.no_grad():
+            watched = rows if along is None else along.watching(rows)
+            solution = _iterate(watched, start, first, compaction, packing, specs)
     z = solution.value
-    if torch.is_grad_enabled():
+
+    def attach(solution: Solution) -> Tensor:
+        z: Tensor = solution.value
+        if not differentiable:
+            return z.clone()  # the caller may write to it
+        around = autograd.autocast_of_now(z.device.type)
+        if gradient == "implicit":
+            parts = None if compaction is None else compaction.parts(around)
+            adjoint = replace(specs.adjoint, parts=packing.parts)
+            attached = autograd.attach(adjoint, report, around(rows), z, parts)
+        elif ends is not None:
+            attached = reversible.attach(around(rows), ends, specs.adjoint, report)
+        elif gradient == "one_step" or has_no_numbers(z):
+            attached = autograd.one_step(rows, z)
+        else:
+            attached = tracked_steps.attach(gradient, rows, start, solution)
+        if _none(solution.nonfinite):
+            return attached
+        return torch.where(solution.nonfinite.unsqueeze(1), z, attached)
+
+    if differentiable:
         check = checked.check_of(known_as, specs.options.batch_dim, packing.ndims, z)
         if check is not None:
             with Eagerly():
                 check(rows)
-        if specs.options.gradient == "implicit":
-            around = autograd.autocast_of_now(z.device.type)
-            parts = None if compaction is None else compaction.parts(around)
-            adjoint = replace(specs.adjoint, parts=packing.parts)
-            attached = autograd.attach(adjoint, report, around(rows), z, parts)
-        else:
-            attached = autograd.one_step(rows, z)
-        if _none(solution.nonfinite):
-            z = attached
-        else:
-            z = torch.where(solution.nonfinite.unsqueeze(1), z, attached)
-    else:
-        z = z.clone()  # the caller may write to it
+    if along is not None:
+        along.finish(solution, attach, packing.unpack)
+    z = attach(solution)
     own = replace(
         solution,
         value=packing.unpack(solution.value),

@@ -91,6 +91,7 @@ def low_part(spec: SolveSpec) -> SolveSpec | None:
         max_iter=max(limit, 1),
         patience=min(spec.options.patience, LOW_PATIENCE),
         fixed_iterations=fixed,
+        min_iter=0,
     )
     return _with(spec, options)
 
@@ -102,7 +103,10 @@ def full_part(spec: SolveSpec, begun: Solution) -> SolveSpec:
         return _with(spec, replace(spec.options, fixed_iterations=fixed - fixed // 2))
     used = int(begun.iterations.max()) if may_look(begun.iterations) and len(begun.status) else 0
     limit = max(spec.options.max_iter - used, 1)
-    return _with(spec, replace(spec.options, max_iter=limit))
+    least = spec.options.min_iter
+    if least:  # of the sample that has made the fewest
+        least = min(max(least - (int(begun.iterations.min()) if used else 0), 0), limit)
+    return _with(spec, replace(spec.options, max_iter=limit, min_iter=least))
 
 
 def together(begun: Solution, rest: Solution) -> Solution:

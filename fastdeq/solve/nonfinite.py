@@ -50,23 +50,25 @@ def mark_nonfinite(
     z: Any, solution: Solution, bad: Tensor, dims: tuple[int, ...]
 ) -> tuple[Any, Solution]:
     """z and solution with the samples ``bad`` ``(B,)`` reported NONFINITE and set to zero."""
-
-    def zero(part: Tensor) -> Tensor:
-        return torch.where(spread(bad, part, dims), 0.0, part)
-
-    def each(state: Any) -> Any:
-        return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
-
     if not may_look(bad) and may_look(solution.status):
-        return each(z), solution  # under a transform, whose samples are not those of the solve
+        return zeroed(z, bad, dims), solution  # under a transform: its samples are not the solve's
     marked = dataclasses.replace(
         solution,
-        value=each(solution.value),
+        value=zeroed(solution.value, bad, dims),
         status=torch.where(bad, int(Status.NONFINITE), solution.status).to(torch.int8),
         iterations=torch.where(bad, 0, solution.iterations),
         residual=torch.where(bad, torch.inf, solution.residual),
     )
-    return each(z), marked
+    return zeroed(z, bad, dims), marked
+
+
+def zeroed(state: Any, bad: Tensor, dims: tuple[int, ...]) -> Any:
+    """``state`` with the samples ``bad`` ``(B,)`` set to zero."""
+
+    def zero(part: Tensor) -> Tensor:
+        return torch.where(spread(bad, part, dims), 0.0, part)
+
+    return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
 
 
 def _is_surely_finite(x: Tensor) -> bool:

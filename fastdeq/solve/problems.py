@@ -15,6 +15,7 @@ from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
 from ..solution import Solution
 from ..solvers import Structure
+from .adjoint_limit import Held, limited
 from .spec import Report, SolveSpec, Specs, ignore, without_first
 
 Folded = tuple["Rows", tuple[Tensor, ...]]
@@ -98,6 +99,7 @@ class GeneralRows:
             assert push is not None
             return push(u)
 
+        report = Held(self.report_adjoint)
         with torch.no_grad():
             unit = unit_rows(g)
             solution = self.adjoint.iterate(
@@ -108,8 +110,11 @@ class GeneralRows:
             solution = without_first(solution)
             u = unit.restore(solution.value.clone())
         u = torch.where(g.isfinite().all(1, keepdim=True), u, torch.nan)
-        self.report_adjoint(solution.with_value(u))
-        return u
+        if self.adjoint.limit is None:
+            self.report_adjoint(solution.with_value(u))
+            return u
+        report(solution)
+        return limited(report, u, g, self.adjoint.limit)
 
     def batched(
         self,
@@ -154,6 +159,10 @@ class AffineRows:
         weight, c = theta
         slope = ACTIVATIONS[self.activation].slope(torch.addmm(c, z, weight.t()))
         spec = self.specs.adjoint
+        if transpose and spec.limit is not None:
+            report = Held(self.report_adjoint)
+            q = replace(spec, limit=None).adjoint(weight, slope, g, None, report)
+            return limited(report, g + q @ weight, g, spec.limit)
         if transpose:  # q = D u
             return g + spec.adjoint(weight, slope, g, None, self.report_adjoint) @ weight
         # v = h + D W v; with y = v - h: y = D (W h + W y)

@@ -47,6 +47,7 @@ class SolveSpec:
     backend: str
     bitwise_symmetric: bool
     parts: Sequence[int] | None = None  # sizes of the parts of a row, each to meet the tolerance
+    limit: float | None = None  # of an adjoint; see ``adjoint_limit``
     _engines: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def engine(self, rows: Tensor, *others: Tensor | None) -> str:
@@ -130,7 +131,7 @@ class SolveSpec:
         fake or on the meta device, are evaluated once: for shapes.
         """
         first = first or f
-        if _has_no_numbers(start):
+        if has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
         compiled = self.is_compiled(start)
@@ -155,11 +156,14 @@ class SolveSpec:
             gmres_step=gmres_step.implementation(self.backend),
             start_value=first(start) if len(start) else None,
             follow=follow,
+            min_iter=self.options.min_iter,
         )
         return finish(replace(solution, solver=self.solver, trend=traced))
 
     def is_compiled(self, start: Tensor) -> bool:
         """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
+        if self.options.min_iter and (start.device.type != "cpu" or self.backend == "triton"):
+            return False  # the kernels do not know it
         return is_compiled(self.solver, self.backend, start)
 
     def iterate_affine(
@@ -224,7 +228,7 @@ def _is_traced(rows: Tensor) -> bool:
     return get_proxy_mode() is not None
 
 
-def _has_no_numbers(rows: Tensor) -> bool:
+def has_no_numbers(rows: Tensor) -> bool:
     """Whether rows are fake or on the meta device. Not while a graph is recorded, which has to
     contain the iteration."""
     if type(rows) is Tensor or _is_traced(rows):
@@ -244,8 +248,8 @@ class Specs:
     def __init__(self, options: Options, structure: Structure):
         self.options, self.structure = options, structure
         solver = resolve(options.solver, structure, options.tol, adjoint=False)
-        limits = {"tol": options.tol, "atol": options.atol, "max_iter": options.max_iter}
-        self.forward = self._spec("solve", solver, limits)
+        limits = ("tol", "atol", "min_iter", "max_iter")
+        self.forward = self._spec("solve", solver, {k: getattr(options, k) for k in limits})
         self._adjoint: SolveSpec | None = None
         self._packed = PackedWeight()
         self.plans: dict[Any, Any] = {}
@@ -260,7 +264,8 @@ class Specs:
         if self._adjoint is None:
             limits = self.options.adjoint_limits()
             solver = resolve(self.options.adjoint, self.structure, limits["tol"], adjoint=True)
-            self._adjoint = self._spec("adjoint solve", solver, limits)
+            spec = self._spec("adjoint solve", solver, limits)
+            self._adjoint = replace(spec, limit=self.options.adjoint_limit)
         return self._adjoint
 
     def packed_weight(self, weight: Tensor, rows: Tensor, start: Tensor | None) -> Tensor | None:

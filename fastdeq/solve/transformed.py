@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from ..solution import Solution
+from . import transformed_steps
 from .batched_gradients import tangent_of
 from .explicit import explicit
 from .packing import Packing
@@ -200,7 +201,9 @@ def solve_map(
     sides = replace(specs.forward, parts=parts), replace(specs.adjoint, parts=parts)
     problem = GeneralRows(by_rows, *sides, here, report)
     z = FixedPointOf.apply(problem, start, *by_rows.theta)
-    return packing.unpack(_stepped(by_rows.f, z, specs)), last[-1]
+    if specs.options.gradient != "implicit":
+        z = transformed_steps.attach(specs.options.gradient, by_rows.f, start, z, last[-1])
+    return packing.unpack(z), last[-1]
 
 
 def solve_affine(
@@ -211,13 +214,9 @@ def solve_affine(
     problem = AffineRows(activation, specs, here, report)
     start = torch.zeros_like(c) if start is None else start
     z = FixedPointOf.apply(problem, start.detach(), weight, c)
-    return _stepped(lambda z: problem.f(z, weight, c), z, specs), last[-1]
-
-
-def _stepped(f: Callable[[Tensor], Tensor], z: Tensor, specs: Specs) -> Tensor:
-    """z with the gradient that the options name."""
-    if specs.options.gradient == "implicit":
-        return z
-    z = z.detach()
-    fz = f(z)
-    return fz + (z - fz).detach()
+    if specs.options.gradient != "implicit":
+        gradient = specs.options.gradient
+        z = transformed_steps.attach(
+            gradient, lambda z: problem.f(z, weight, c), start, z, last[-1]
+        )
+    return z, last[-1]

@@ -85,7 +85,7 @@ class Residual(NamedTuple):
     finite: bool
 
 
-def _residual(
+def residual_of(
     value: Tensor,
     point: Tensor,
     tol: float,
@@ -93,6 +93,7 @@ def _residual(
     parts: Sequence[int] | None,
     looks: bool,
 ) -> Residual:
+    """Of ``value = f(point)``, both ``(B, n)``, or of the worst of ``parts``."""
     difference = value - point
     largest = torch.finfo(value.dtype).max ** SIZE_EXPONENT
     norm, size, finite = _norms(difference, value, largest, looks)
@@ -127,6 +128,7 @@ def solve(
     patience: int | None = None,
     parts: Sequence[int] | None = None,
     follow: Follow | None = None,
+    min_iter: int = 0,
 ) -> Solution:
     """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
 
@@ -137,6 +139,8 @@ def solve(
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
     ``follow`` hears after each evaluation which samples go on; the values of the others may be any
     finite ones from then on.
+
+    No sample converges or stagnates before ``min_iter`` updates.
 
     A solver with ``fixed_iterations`` makes exactly so many updates of every sample that stays
     finite, and nothing is read from the device; otherwise the host waits in each
@@ -175,14 +179,14 @@ def solve(
         max_iter = -1
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
-        norm, relative, limit, finite = _residual(value, point, tol, atol, parts, looks)
+        norm, relative, limit, finite = residual_of(value, point, tol, atol, parts, looks)
 
         # Comparisons with NaN are false.
         lower = norm < least if finite else (norm < least) & relative.isfinite()
         improved = judged & ((relative < best_residual) | lower)
         if isinstance(limit, Tensor):  # the norms of two iterates may both be lower
             improved = improved | (judged & (relative <= limit) & (best_residual > best_limit))
-        if fixed:  # what meets the tolerance gives way to nothing else
+        if fixed or min_iter:  # what meets the tolerance gives way to nothing else
             improved = improved & ((relative <= limit) | (best_residual > best_limit))
         best = torch.where(improved.unsqueeze(1), point, best)
         best_residual = torch.where(improved, relative, best_residual)
@@ -194,7 +198,7 @@ def solve(
         if damping is not None:  # of plain steps, which show how the map contracts
             rate = torch.where(judged, norm / before, rate)
             before = norm
-        if not fixed:
+        if not fixed and k >= min_iter:
             running = running & (best_residual > best_limit)
         if k == max_iter or (not fixed and not (left := count.left(running))):
             break
@@ -209,11 +213,13 @@ def solve(
             stalled = running & step.stalled
             status = torch.where(stalled, _STAGNATED, status)
             running = running & ~stalled
-        if k >= PATIENCE and not fixed:  # earlier, no sample can have been idle for so long
+        if (
+            k >= max(PATIENCE, min_iter) and not fixed
+        ):  # earlier, no sample can have been idle for so long
             stagnated = running & (idle >= PATIENCE) & (best_residual < floor)
             status = torch.where(stagnated, _STAGNATED, status)
             running = running & ~stagnated
-        if k >= half and not fixed:
+        if k >= max(half, min_iter) and not fixed:
             due = judged & (idle % half == 0)
             falls = half_now < STILL_FALLING * half_before
             stagnated = running & due & (idle >= patience) & ~falls

@@ -42,6 +42,7 @@ class SolveOptions:
     max_weight: float = 0.0
     safeguard: float = 0.0
     accelerate_above: float = 0.0
+    min_iter: int = 0
     restart: int = 0
 
     def __post_init__(self) -> None:
@@ -59,14 +60,16 @@ class SolveOptions:
         atol: float = 0.0,
         patience: int | None = None,
         precision: str = "auto",
+        min_iter: int = 0,
     ) -> SolveOptions:
-        """The options of a registered solver; of another one what it shares with those.
+        """The options of a registered solver; of another one what it shares with those. No sample
+        converges before ``min_iter`` updates.
         ``patience`` is the solver's, scaled to ``max_iter``, unless it is given."""
         fields: Any = dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
         own = {f.name: getattr(solver, f.name) for f in fields if f.name in FIELDS}
         if patience is None:
             patience = scaled_patience(solver.patience, max_iter)
-        return cls(solver.name, tol, max_iter, patience, atol, precision, **own)
+        return cls(solver.name, tol, max_iter, patience, atol, precision, min_iter=min_iter, **own)
 
     @property
     def updates(self) -> int:

@@ -38,7 +38,8 @@ void echo_options(const SolveOptions* options, double* fields) {
        {double(o.solver), o.tol, double(o.max_iter), double(o.patience), o.atol,
         double(o.precision), o.damping, double(o.fixed_iterations), double(o.momentum), o.radius,
         double(o.most_directions), double(o.window), double(o.first_window), o.regularization,
-        o.rank_tolerance, o.max_weight, o.safeguard, o.accelerate_above}) {
+        o.rank_tolerance, o.max_weight, o.safeguard, o.accelerate_above,
+        double(o.min_iter)}) {
     *fields++ = field;
   }
 }

@@ -36,7 +36,7 @@ from fastdeq.backends import extension
             "unknown option 'stop_mode'.*valid options: adjoint, .*tol",
         ),
         ({"max_iters": 5}, TypeError, "Did you mean 'max_iter'"),
-        ({"gradient": "phantom"}, ValueError, "'implicit', 'one_step'"),
+        ({"gradient": "phantoms"}, ValueError, "'implicit', 'one_step'"),
         ({"precision": "float16"}, ValueError, "'auto', 'float32'"),
         ({"backend": "cpu"}, ValueError, "'cpp'"),
         ({"on_failure": "warning"}, ValueError, "Did you mean 'warn'"),

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from fastdeq import (
-    GMRES, MINRES, AffineCell, Anderson, DEQLayer, Energy, HeavyBall, Neumann, Picard, Solution,
-    fixed_point,
+    GMRES, MINRES, AffineCell, Anderson, DEQLayer, Energy, HeavyBall, Neumann, Phantom, Picard,
+    Reversible, Solution, Truncated, Unrolled, fixed_point,
 )
 from fastdeq.options import AdjointName, Backend, Gradient, OnFailure, Precision, SolverName
 
@@ -64,6 +64,9 @@ z, s = fixed_point(torch.cos, torch.zeros(()), batch_dim=None)
 assert_type(general(x, z0=(torch.zeros(2, 4), torch.zeros(2, 4))), Pair)
 for forward in (Energy(), HeavyBall(), Picard(damping=0.5)):
     DEQLayer(cell, solver=forward)
+for gradient in (Phantom(steps=3), Truncated(), Unrolled(checkpoint=True), Reversible(beta=0.4)):
+    DEQLayer(cell, gradient=gradient)
+DEQLayer(cell, gradient="truncated")
 for adjoint in (MINRES(), Neumann(), Anderson()):
     DEQLayer(lambda z, x: z, adjoint=adjoint, max_iter=7)
 """
@@ -73,7 +76,9 @@ WRONG = (
     ('DEQLayer(cell, solver="andersen")', "Literal['andersen']"),
     ('DEQLayer(cell, solver="neumann")', "Literal['neumann']"),
     ('DEQLayer(cell, adjoint="energy")', "Literal['energy']"),
-    ('DEQLayer(cell, gradient="phantom")', "Literal['phantom']"),
+    ('DEQLayer(cell, gradient="phantoms")', "Literal['phantoms']"),
+    ("DEQLayer(cell, gradient=Phantom)", 'incompatible type "type[Phantom]"'),
+    ("DEQLayer(cell, gradient=Phantom(tau=0.5))", '"tau"'),
     ('DEQLayer(cell, precision="float16")', "Literal['float16']"),
     ('DEQLayer(cell, backend="cpu")', "Literal['cpu']"),
     ('DEQLayer(cell, on_failure="warning")', "Literal['warning']"),
@@ -88,7 +93,7 @@ WRONG = (
     ("layer(z0, z0=(z0, z0)).shape", "has no attribute"),
 )
 HEAD = """import torch
-from fastdeq import Anderson, AffineCell, DEQLayer, fixed_point
+from fastdeq import Anderson, AffineCell, DEQLayer, Phantom, fixed_point
 cell = AffineCell(3, 4, scale=0.9)
 layer = DEQLayer(cell)
 z0 = torch.zeros(2, 4)

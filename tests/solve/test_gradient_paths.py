@@ -120,15 +120,6 @@ def test_adjoint_options_are_the_adjoints():
     assert layer.last_adjoint_solution.residual.max() <= 1e-10
 
 
-def test_forward_mode_is_refused_not_wrong():
-    layer = DEQLayer(lambda z, x: torch.tanh(0.3 * z + x))
-    x = torch.randn(2, 3)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            layer(dual)
-
-
 def test_singular_adjoints_of_gmres_end_calmly():
     nilpotent = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     # u = g + J^T u: no solution for J = I, u = (1, 2) for the nilpotent J.
