@@ -63,7 +63,8 @@ _ABOVE_FLOOR = 200
 def _epsilon(solution: Solution) -> float:
     """Of the lowest precision that the map may have been evaluated in."""
     parts = tree_leaves(solution.value)
-    dtypes = [p.dtype for p in parts if isinstance(p, Tensor) and p.is_floating_point()]
+    tensors = [p for p in parts if isinstance(p, Tensor)]
+    dtypes = [p.dtype for p in tensors if p.is_floating_point() or p.is_complex()]
     device = solution.residual.device.type
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))

@@ -66,7 +66,8 @@ def check_compact(value: object, batch_dim: BatchDim) -> Compact:
 
 
 def resolve(batch_dim: BatchDim, parts: Sequence[Tensor]) -> tuple[int, ...]:
-    """The batch dimensions of every part of a state, >= 0; () where the state is one sample.
+    """The batch dimensions of every part of a state, >= 0; () where the state is one sample, as one
+    of numbers without dimensions is.
 
     Raises:
         ValueError: a part without them, or negative ones of parts with different numbers of
@@ -76,6 +77,8 @@ def resolve(batch_dim: BatchDim, parts: Sequence[Tensor]) -> tuple[int, ...]:
         return ()
     given = batch_dim if isinstance(batch_dim, tuple) else (batch_dim,)
     counts = [p.dim() for p in parts]
+    if batch_dim == 0 and not any(counts):
+        return ()
     if min(given) < 0 and len(set(counts)) > 1:
         raise ValueError(
             f"batch_dim={batch_dim} is ambiguous: the parts of the state have {counts} "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..cells import AffineCell
 from ..errors import lists_options
@@ -261,8 +262,8 @@ def _equilibrium(
 def _usable(value: Any) -> Any:
     """``value`` with tensors that were made in inference mode replaced by copies: autograd may not
     save those."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_usable, value))
-    return value
+
+    def one(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    return tree_map(one, value)
