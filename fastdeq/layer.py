@@ -14,6 +14,7 @@ from .errors import explain_call, lists_options
 from .failure import OnFailure
 from .options import AdjointName, BatchDim, Compact, Gradient, Options, Precision, SolverName, State
 from .solve.affine import linear_parameters, plan_for, solve_affine
+from .solve.arguments import NOT_GIVEN, input_of, refuse_keywords
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
@@ -138,32 +139,40 @@ class DEQLayer(Recorded):
         )
         self._watch(keep_solutions, on_solution)
 
-    def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
-        """The equilibrium for x; further arguments go to the cell after x.
+    def forward(self, x: Any = NOT_GIVEN, /, *context: Any, z0: Any = None, **keywords: Any) -> Any:
+        """The equilibrium for x; further arguments, and those by keyword, go to the cell after x.
 
         A sample of a tensor x that is not finite ends NONFINITE: it returns zeros, gets and
         gives a zero gradient, and the other samples are solved as if it were absent. That is for x
         with the batch dimensions of the state; with ``batch_dim=None`` all of x is one sample.
 
         Args:
-            x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
-            context: further arguments of a general cell.
+            x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``. By keyword it
+                is ``x``, or has the name of the cell's parameter after the state.
+            context, keywords: further arguments of a general cell, of any kind; tensors in them
+                get gradients. A parameter of the cell that is called z0 is not for them.
             z0: start of the solve, shaped like the state, in its dtype and on its device; default
                 ``cell.initial_state(x)`` where that exists, else zeros: ``(B, features)`` or, for
                 a general cell, shaped like x.
         """
         if z0 is not None:
             check_start(self.options.solver)
-        if not context and self.options.registered:
+        name = None
+        if x is NOT_GIVEN:
+            x, keywords, name = input_of(self.cell, keywords)
+        if not context and not keywords and self.options.registered:
             cell = self.cell
             if isinstance(cell, AffineCell) and cell.is_plain():
                 return self._solve_affine(cell, x, z0)
-        return self._solve_general(x, context, z0)
+        return self._solve_general(x, context, keywords, z0, name)
 
     @outside_graphs
-    def _solve_general(self, x: Any, context: tuple[Any, ...], z0: Any) -> Any:
+    def _solve_general(
+        self, x: Any, context: tuple[Any, ...], keywords: dict[str, Any], z0: Any, name: str | None
+    ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
+        refuse_keywords(cell, keywords)
         start = start_for(cell, x) if z0 is None else z0
         dims = samples_of(x, start, batch_dim)
         if dims is not None:
@@ -174,7 +183,7 @@ class DEQLayer(Recorded):
         self._record.forward = None  # the one before need not take memory meanwhile
         try:
             z, solution = solve_map(
-                CellMap(cell, (x, *context)),
+                CellMap.of_call(cell, x, context, keywords, name),
                 start,
                 specs,
                 report,
@@ -183,13 +192,13 @@ class DEQLayer(Recorded):
             )
         except EXPLAINED as error:
             if isinstance(error, TypeError):
-                explain_call(cell, context, error)
+                explain_call(cell, context, keywords, error)
             if z0 is not None and type(error) in EXPLAINED:
                 explain_start(cell, z0, x, batch_dim, error)
             raise
         if finite is not None and dims is not None:
             z, solution = mark_nonfinite(z, solution, ~finite, dims)
-        why = why_general(cell, context, self.options.registered, specs)
+        why = why_general(cell, (*context, *keywords), self.options.registered, specs)
         if why:
             solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")
         self._record.forward = solution
@@ -199,10 +208,10 @@ class DEQLayer(Recorded):
     if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
 
         @overload
-        def __call__(self, x: Any, *context: Any, z0: None = None, **more: Any) -> Any: ...
+        def __call__(self, x: Any = ..., /, *args: Any, z0: None = None, **more: Any) -> Any: ...
         @overload
-        def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
-        def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
+        def __call__(self, x: Any = ..., /, *args: Any, z0: State, **more: Any) -> State: ...
+        def __call__(self, x: Any = ..., /, *args: Any, z0: Any = None, **more: Any) -> Any: ...
 
     def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
         record = self._record

@@ -9,7 +9,7 @@ relies on either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..samples import Compact, take
+from .arguments import in_order
 
 #: Places of tensors among the leaves of all arguments, and the dimension of each to take from.
 Taken = dict[int, int]
@@ -24,13 +25,24 @@ Taken = dict[int, int]
 
 @dataclass(eq=False)
 class CellMap:
-    """``state -> cell(state, *arguments)``."""
+    """``state -> cell(state, *arguments, **keywords)``."""
 
     cell: Callable[..., Any]
     arguments: tuple[Any, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_call(
+        cls, cell: Any, x: Any, context: tuple[Any, ...], keywords: dict[str, Any], name: str | None
+    ) -> CellMap:
+        """That of a layer's call with x and further arguments; the cell takes x by ``name`` where
+        there is one."""
+        if name is None:
+            return cls(cell, (x, *context), keywords)
+        return cls(cell, context, {name: x, **keywords})
 
     def __call__(self, state: Any) -> Any:
-        return self.cell(state, *self.arguments)
+        return self.cell(state, *self.arguments, **self.keywords)
 
     def ways(self, batch: int, batch_dim: int, ndim: int, compact: Compact) -> Iterator[Taken]:
         """Ways to tell what belongs to samples, the likeliest first, for a state whose ``ndim``
@@ -42,7 +54,7 @@ class CellMap:
         if not isinstance(compact, bool):
             yield self._named(batch, compact)
             return
-        leaves = tree_flatten(self.arguments)[0]
+        leaves = tree_flatten((self.arguments, self.keywords))[0]
         dim = batch_dim % ndim
         every = {
             i: dim
@@ -59,29 +71,37 @@ class CellMap:
 
     def of(self, samples: Tensor, taken: Taken) -> CellMap:
         """The same for the samples ``(b,)`` int64 alone."""
-        leaves, spec = tree_flatten(self.arguments)
+        leaves, spec = tree_flatten((self.arguments, self.keywords))
         for i, dim in taken.items():
             leaves[i] = take(leaves[i], samples, dim)
-        return replace(self, arguments=tree_unflatten(leaves, spec))
+        arguments, keywords = tree_unflatten(leaves, spec)
+        return replace(self, arguments=arguments, keywords=keywords)
 
     def _named(self, batch: int, dims: tuple[int | None, ...]) -> Taken:
-        if len(dims) != len(self.arguments):
+        names = in_order(self.cell, self.keywords) if self.keywords else []
+        count = len(self.arguments) + len(names)
+        if len(dims) != count:
             raise ValueError(
-                f"compact={dims!r} has {len(dims)} entries for {len(self.arguments)} arguments of "
-                "the cell after the state; give one for each: the dimension that counts samples, "
-                "or None for what all samples share."
+                f"compact={dims!r} has {len(dims)} entries for {count} arguments of the cell after "
+                "the state; give one for each, in the order of the cell's parameters: the "
+                "dimension that counts samples, or None for what all samples share."
             )
+        by_name = dict(zip(names, dims[len(self.arguments) :], strict=True))
+        arguments = [
+            *((f"argument {i}", dims[i], a) for i, a in enumerate(self.arguments)),
+            *((f"argument {name!r}", by_name[name], a) for name, a in self.keywords.items()),
+        ]
         taken: Taken = {}
         place = 0
-        for position, (dim, argument) in enumerate(zip(dims, self.arguments, strict=True)):
+        for which, dim, argument in arguments:
             for leaf in tree_flatten(argument)[0]:
                 if dim is not None and isinstance(leaf, Tensor):
                     known = _may_be_taken(leaf) and -leaf.dim() <= dim < leaf.dim()
                     if not known or leaf.shape[dim] != batch:
                         raise ValueError(
-                            f"compact={dims!r}: argument {position} of the cell after the state "
-                            f"has a tensor of shape {tuple(leaf.shape)}, without {batch} samples "
-                            f"in dimension {dim}."
+                            f"compact={dims!r}: {which} of the cell after the state has a tensor "
+                            f"of shape {tuple(leaf.shape)}, without {batch} samples in dimension "
+                            f"{dim}."
                         )
                     taken[place] = dim % leaf.dim()
                 place += 1
