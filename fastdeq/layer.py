@@ -18,6 +18,7 @@ from .solve.arguments import NOT_GIVEN, input_of, refuse_keywords
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
+from .solve.leading import Leading, LeadingRecord, leading_of
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
@@ -147,7 +148,8 @@ class DEQLayer(Recorded):
         with the batch dimensions of the state; with ``batch_dim=None`` all of x is one sample.
 
         Args:
-            x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``. By keyword it
+            x: what the cell takes; for an :class:`AffineCell` ``(..., in_features)``, each vector
+                a sample. By keyword it
                 is ``x``, or has the name of the cell's parameter after the state.
             context, keywords: further arguments of a general cell, of any kind; tensors in them
                 get gradients. A parameter of the cell that is called z0 is not for them.
@@ -173,14 +175,18 @@ class DEQLayer(Recorded):
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
         refuse_keywords(cell, keywords)
+        leading = leading_of(cell, x)
+        record: Any = self._record
+        if leading is not None:
+            x, z0, record = leading.rows(x), leading.start(z0), LeadingRecord(record, leading)
         start = start_for(cell, x) if z0 is None else z0
         dims = samples_of(x, start, batch_dim)
         if dims is not None:
             x, finite = finite_samples(x, dims)
         elif z0 is not None and isinstance(x, Tensor) and batch_dim == 0:
             explain_start(cell, z0, x, batch_dim)
-        specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
-        self._record.forward = None  # the one before need not take memory meanwhile
+        specs, report = self._specs_for(self._structure()), record.receive_adjoint
+        record.forward = None  # the one before need not take memory meanwhile
         try:
             z, solution = solve_map(
                 CellMap.of_call(cell, x, context, keywords, name),
@@ -201,9 +207,9 @@ class DEQLayer(Recorded):
         why = why_general(cell, (*context, *keywords), self.options.registered, specs)
         if why:
             solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")
-        self._record.forward = solution
-        self._record.judge_forward()
-        return z
+        record.forward = solution
+        record.judge_forward()
+        return z if leading is None else leading.state(z)
 
     if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
 
@@ -213,8 +219,10 @@ class DEQLayer(Recorded):
         def __call__(self, x: Any = ..., /, *args: Any, z0: State, **more: Any) -> State: ...
         def __call__(self, x: Any = ..., /, *args: Any, z0: Any = None, **more: Any) -> Any: ...
 
-    def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
-        record = self._record
+    def _solve_affine(
+        self, cell: AffineCell, x: Any, z0: Any, leading: Leading | None = None
+    ) -> Tensor:
+        record: Any = self._record if leading is None else LeadingRecord(self._record, leading)
         if self.options.batch_dim not in (0, -2):
             refuse_batch_dim(self.options.batch_dim)
         specs = self._specs_for(cell.structure())
@@ -226,6 +234,9 @@ class DEQLayer(Recorded):
                 z: Tensor | None = plan.solve(record, weight, x, *linear, z0)
                 if z is not None:
                     return z
+        if (vectors := leading_of(cell, x)) is not None:
+            rows = self._solve_affine(cell, vectors.rows(x), vectors.start(z0), vectors)
+            return vectors.state(rows)
         x, finite = finite_samples(cell.checked_input(x))
         injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()

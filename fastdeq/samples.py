@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: The dimension that counts samples; several; None: all of the state is one sample.
 BatchDim: TypeAlias = int | tuple[int, ...] | None
@@ -151,3 +151,16 @@ def memory_order(t: Tensor) -> tuple[int, ...] | None:
     if layout is None or t.is_contiguous() or not t.is_contiguous(memory_format=layout):
         return None
     return (0, *range(2, t.dim()), 1)
+
+
+def plain_tensor(t: Tensor) -> Tensor:
+    """t itself, or the same values as a plain tensor where its class adds Python methods to one.
+
+    A class that stores something else than values (distributed, fake, nested) is left alone."""
+    kind = type(t)
+    if kind is Tensor or kind is nn.Parameter:
+        return t
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.as_subclass(Tensor)

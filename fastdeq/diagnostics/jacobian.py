@@ -13,6 +13,7 @@ from ..cells import AffineCell
 from ..errors import lists_options
 from ..layer import DEQLayer
 from ..solve.coupling import are_independent
+from ..solve.leading import leading_of
 from ..solve.packing import Packing
 from . import krylov
 from .estimate import Estimate, check_numbers
@@ -179,6 +180,8 @@ class _Linearization:
         elif isinstance(cell, AffineCell):
             z = cell.check_state(z, cell.inject(x).detach())
         batch_dim = 0 if layer is None else layer.options.batch_dim
+        if (leading := leading_of(cell, x)) is not None:
+            batch_dim = leading.batch_dim
         packing = Packing(z, batch_dim)
         packing.copies = True  # z is the caller's
         rows = packing.pack(z).detach()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..cells import plain_tensor
-from ..samples import BatchDim, as_rows, batch_shape, resolve, spread
+from ..samples import BatchDim, as_rows, batch_shape, plain_tensor, resolve, spread
 from ..solution import Solution, Status, may_look
 from .state_tree import tensors_of
 

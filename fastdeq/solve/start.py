@@ -46,9 +46,9 @@ def check_start(solver: Any) -> None:
 def refuse_batch_dim(batch_dim: BatchDim) -> None:
     """Raises ValueError for a dimension that is not that of an affine cell's samples."""
     raise ValueError(
-        f"batch_dim={batch_dim}, but the state of an AffineCell is (B, features): its rows are the "
-        "samples, so leave batch_dim at 0. A cell whose rows depend on each other is a module of "
-        "your own."
+        f"batch_dim={batch_dim}, but the state of an AffineCell is (B, features), or "
+        "(..., features): each vector is a sample, so leave batch_dim at 0. A cell whose vectors "
+        "depend on each other is a module of your own."
     )
 
 
