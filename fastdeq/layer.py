@@ -12,7 +12,17 @@ from .backends.choose import Backend
 from .cells import AffineCell
 from .errors import explain_call, lists_options
 from .failure import OnFailure
-from .options import AdjointName, BatchDim, Compact, Gradient, Options, Precision, SolverName, State
+from .options import (
+    AdjointName,
+    BatchDim,
+    Compact,
+    Gradient,
+    Options,
+    Precision,
+    Randomness,
+    SolverName,
+    State,
+)
 from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.arguments import NOT_GIVEN, input_of, refuse_keywords
 from .solve.cell_map import CellMap
@@ -22,10 +32,9 @@ from .solve.leading import Leading, LeadingRecord, leading_of
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
-from .solve.spec import Specs
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
 from .solve.why_general import why_general
-from .solvers import Solver, Structure
+from .solvers import Solver
 
 
 class DEQLayer(Recorded):
@@ -51,6 +60,10 @@ class DEQLayer(Recorded):
             each, x first: ``(0, None)`` where the second is shared. Values for a part are compared
             with those for all before they are relied on, and one for all confirms the result; where
             they differ a warning says so, once, and all are evaluated. Fused solves always do so.
+        has_aux: whether the cell returns ``(state, aux)``; the layer then returns ``(z, aux)``, aux
+            being that of one further evaluation, at z, with its gradient.
+        randomness: "different": each evaluation of the cell draws anew; "same": those of one solve
+            and its gradient draw the same numbers (dropout masks, noise), and each solve others.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.
@@ -104,6 +117,8 @@ class DEQLayer(Recorded):
         gradient: Gradient = "implicit",
         batch_dim: BatchDim = 0,
         compact: Compact = False,
+        has_aux: bool = False,
+        randomness: Randomness = "different",
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         atol: float = 0.0,
@@ -127,6 +142,8 @@ class DEQLayer(Recorded):
             gradient=gradient,
             batch_dim=batch_dim,
             compact=compact,
+            has_aux=has_aux,
+            randomness=randomness,
             tol=tol,
             adjoint_tol=adjoint_tol,
             atol=atol,
@@ -187,9 +204,10 @@ class DEQLayer(Recorded):
             explain_start(cell, z0, x, batch_dim)
         specs, report = self._specs_for(self._structure()), record.receive_adjoint
         record.forward = None  # the one before need not take memory meanwhile
+        f = CellMap.of_call(cell, start, self.options, (x, *context), keywords, name)
         try:
             z, solution = solve_map(
-                CellMap.of_call(cell, x, context, keywords, name),
+                f,
                 start,
                 specs,
                 report,
@@ -209,7 +227,9 @@ class DEQLayer(Recorded):
             solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")
         record.forward = solution
         record.judge_forward()
-        return z if leading is None else leading.state(z)
+        aux = f.auxiliary(z) if f.has_aux else None
+        z = z if leading is None else leading.state(z)
+        return (z, aux) if f.has_aux else z
 
     if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
 
@@ -245,29 +265,6 @@ class DEQLayer(Recorded):
         )
         record.judge_forward()
         return z
-
-    def _plain(self) -> bool:
-        return isinstance(self.cell, AffineCell) and self.cell.is_plain()
-
-    def _structure(self) -> Structure:
-        if not self._plain():
-            return Structure()
-        structure: Structure = self.cell.structure()
-        return dataclasses.replace(structure, affine=False)  # not solved as one here
-
-    def _specs_for(self, structure: Structure) -> Specs:
-        """How to solve a map of ``structure``: made once, for as long as cell and options stay."""
-        if torch.compiler.is_compiling():
-            return Specs(self.options, structure)
-        found = self._specs
-        if (
-            found is None
-            or found.options is not self.options
-            or (found.structure is not structure and found.structure != structure)
-        ):
-            found = self._specs = Specs(self.options, structure)
-        self._record.on_failure = self.options.on_failure
-        return found
 
     def extra_repr(self) -> str:
         return self.options.shown()

@@ -8,16 +8,21 @@ relies on either.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..options import Options
 from ..samples import Compact, take
 from .arguments import in_order
+from .eager import Eagerly
+from .randomness import Replay
+from .state_tree import described
 
 #: Places of tensors among the leaves of all arguments, and the dimension of each to take from.
 Taken = dict[int, int]
@@ -31,18 +36,47 @@ class CellMap:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any] = field(default_factory=dict)
 
+    #: Whether the cell returns ``(state, aux)``.
+    has_aux: bool = False
+    #: What calls the cell, where its evaluations are to draw the same random numbers.
+    replay: Replay | None = None
+
     @classmethod
     def of_call(
-        cls, cell: Any, x: Any, context: tuple[Any, ...], keywords: dict[str, Any], name: str | None
+        cls,
+        cell: Any,
+        start: Any,
+        options: Options,
+        arguments: tuple[Any, ...] = (),
+        keywords: dict[str, Any] | None = None,
+        name: str | None = None,
     ) -> CellMap:
-        """That of a layer's call with x and further arguments; the cell takes x by ``name`` where
-        there is one."""
-        if name is None:
-            return cls(cell, (x, *context), keywords)
-        return cls(cell, context, {name: x, **keywords})
+        """That of a layer's call; the cell takes the first argument by ``name`` where there is
+        one."""
+        keywords = keywords or {}
+        if name is not None:
+            arguments, keywords = arguments[1:], {name: arguments[0], **keywords}
+        same = options.randomness == "same"
+        replay = Replay((start, arguments, keywords)) if same else None
+        return cls(cell, arguments, keywords, options.has_aux, replay)
 
     def __call__(self, state: Any) -> Any:
-        return self.cell(state, *self.arguments, **self.keywords)
+        if self.replay is None and not self.has_aux:
+            return self.cell(state, *self.arguments, **self.keywords)
+        value = self._evaluated(state)
+        return _pair(value)[0] if self.has_aux else value
+
+    def auxiliary(self, state: Any) -> Any:
+        """What the cell returns beside the state, evaluated at one that its caller may write to;
+        with its gradient in grad mode."""
+        own = tree_map(lambda t: t.clone(), state)
+        with Eagerly() if torch.is_grad_enabled() else contextlib.nullcontext():
+            return _pair(self._evaluated(own))[1]
+
+    def _evaluated(self, state: Any) -> Any:
+        if self.replay is None:
+            return self.cell(state, *self.arguments, **self.keywords)
+        return self.replay(self.cell, state, *self.arguments, **self.keywords)
 
     def ways(self, batch: int, batch_dim: int, ndim: int, compact: Compact) -> Iterator[Taken]:
         """Ways to tell what belongs to samples, the likeliest first, for a state whose ``ndim``
@@ -106,6 +140,14 @@ class CellMap:
                     taken[place] = dim % leaf.dim()
                 place += 1
         return taken
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(
+            f"the cell returned {described(value)}; with has_aux=True it returns (state, aux)."
+        )
+    return value
 
 
 def _may_be_taken(t: Any) -> bool:
