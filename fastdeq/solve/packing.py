@@ -170,7 +170,10 @@ class Packing:
             part = part.permute(order)
         if self._pairs[i] == 2:
             part = part if part.is_complex() else part.to(self.dtypes[i])
-            part = torch.view_as_real(part.resolve_conj())
+            if self.parts is None:
+                part = torch.view_as_real(part.resolve_conj())
+            else:  # the gradient of a view would need pairs at even places of a row
+                part = torch.stack((part.real, part.imag), -1)
         elif part.is_complex():
             raise TypeError(
                 f"the cell returned {part.dtype} for a state in {self.dtypes[i]}; it takes a start "

@@ -146,6 +146,21 @@ def test_each_part_has_its_own_dtype(one, other, rows, compact):
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("batch_dim", [0, 1, None])
+def test_a_complex_part_behind_an_odd_number_of_real_ones(batch_dim, backend):
+    """Pairs that do not begin at an even place of a row cannot be seen as complex numbers."""
+    theta = torch.tensor(0.3 + 0.2j, dtype=C128, requires_grad=True)
+    f = lambda s: (0.5 * s[0] + 1, theta * s[1] + s[0].detach())  # noqa: E731
+    start = (torch.zeros(3, 3, dtype=F64), torch.zeros(3, 3, dtype=C128))
+    (a, b), _ = fixed_point(f, start, batch_dim=batch_dim, backend=backend, **TIGHT)
+    expected = (2 / (1 - theta)).expand(3, 3)
+    torch.testing.assert_close(a, torch.full((3, 3), 2.0, dtype=F64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(b, expected, rtol=1e-9, atol=0)
+    found, known = (torch.autograd.grad(t.abs().sum(), theta)[0] for t in (b, expected))
+    torch.testing.assert_close(found, known, rtol=1e-8, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
 def test_integers_are_refused(dtype):
     with pytest.raises(TypeError, match=f"{dtype}; it must be floating point or complex"):

@@ -86,12 +86,12 @@ def test_a_dict_may_come_back_in_another_order():
 
 
 def test_a_sample_that_is_not_finite_is_set_aside_in_each_part():
-    layer = DEQLayer(lambda s, x: {"u": (0.5 * s["u"][0] + x,)}, on_failure="ignore")
+    layer = DEQLayer(lambda s, x: {"u": (0.5 * s["u"][0] + x + 1,)}, on_failure="ignore")
     x = torch.ones(3, 2)
     x[1] = torch.nan
     z = layer(x, z0={"u": (torch.zeros(3, 2),)})["u"][0]
     torch.testing.assert_close(z[1], torch.zeros(2), rtol=0, atol=0)
-    torch.testing.assert_close(z[0], torch.full((2,), 2.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(z[0], torch.full((2,), 4.0), rtol=1e-3, atol=0)
     assert layer.last_solution.nonfinite.tolist() == [False, True, False]
 
 
