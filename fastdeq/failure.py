@@ -109,6 +109,9 @@ def _to_try(solution: Solution, seen: list[Status], adjoint: bool) -> str:
     advice: dict[str, str] = {}
     for status in seen:
         advice |= {key: text.format(**names) for key, text in _ADVICE[status].items()}
+    general = solution.path.startswith("general") and not adjoint
+    if general and not bool(solution.converged.any()):
+        advice["randomness"] = 'pass randomness="same" if the cell draws random numbers (dropout)'
     wider = _wider_window(solution)
     if wider is not None:
         advice["solver"] = f"take a longer history, {names['solver']}={wider}"

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastdeq import AffineCell, DEQLayer, fixed_point
+from fastdeq.diagnostics import spectral_radius
 
 F64 = torch.float64
 TIGHT = {"tol": 1e-12, "max_iter": 300}
@@ -97,6 +98,16 @@ def test_the_caller_may_write_to_the_state():
     z, aux = layer(x)
     z.zero_()
     torch.testing.assert_close(torch.autograd.grad(aux["energy"].sum(), x)[0], expected)
+
+
+def test_diagnostics_of_a_layer_with_them():
+    w = 0.5 * torch.eye(4, dtype=F64)
+    x = torch.randn(3, 4, dtype=F64)
+    layer = DEQLayer(lambda z, x: (z @ w + x, z), has_aux=True)
+    for radius in (spectral_radius(layer, x), spectral_radius(layer, x, torch.zeros_like(x))):
+        torch.testing.assert_close(
+            radius.value, torch.full((3,), 0.5, dtype=F64), rtol=1e-3, atol=0
+        )
 
 
 def test_a_cell_that_returns_no_pair():

@@ -129,7 +129,7 @@ def test_by_default_each_evaluation_draws_anew():
     """Such a cell has no equilibrium; a solver with a fixed count takes it as it comes."""
     cell = Dropped()
     x = torch.randn(5, 6, dtype=F64)
-    with pytest.warns(ConvergenceWarning):
+    with pytest.warns(ConvergenceWarning, match='randomness="same" if the cell draws random'):
         DEQLayer(cell)(x)
     layer = DEQLayer(cell, solver=Picard(fixed_iterations=7), on_failure="ignore")
     layer(x)
