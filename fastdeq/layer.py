@@ -42,8 +42,8 @@ class DEQLayer(Recorded):
 
     Args:
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
-            returns a state like z (a tensor or a tuple of them) and treats samples independently.
-            It may define ``initial_state(x)``.
+            returns a state like z (a tensor or a structure of them, real or complex) and treats
+            samples independently. It may define ``initial_state(x)``.
         solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
             object such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
@@ -53,7 +53,8 @@ class DEQLayer(Recorded):
         batch_dim: which dimension of the state counts samples, the same in each of its parts: an
             int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
             all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
-            training mode). Negative ones count from the back. An :class:`AffineCell` has 0.
+            training mode), as one of numbers without dimensions always is. Negative ones count
+            from the back. An :class:`AffineCell` has 0, and each vector is a sample.
         compact: whether a general cell is evaluated only for the samples that are not finished,
             whenever these are half of those evaluated so far or fewer. Arguments of the cell whose
             size is that of the batch in dimension ``batch_dim`` count samples; a tuple says it for
@@ -166,13 +167,13 @@ class DEQLayer(Recorded):
 
         Args:
             x: what the cell takes; for an :class:`AffineCell` ``(..., in_features)``, each vector
-                a sample. By keyword it
-                is ``x``, or has the name of the cell's parameter after the state.
+                a sample. By keyword it is x, or has the name of the cell's parameter after the
+                state.
             context, keywords: further arguments of a general cell, of any kind; tensors in them
                 get gradients. A parameter of the cell that is called z0 is not for them.
             z0: start of the solve, shaped like the state, in its dtype and on its device; default
-                ``cell.initial_state(x)`` where that exists, else zeros: ``(B, features)`` or, for
-                a general cell, shaped like x.
+                ``cell.initial_state(x)`` where that exists, else zeros: ``(..., features)`` or,
+                for a general cell, shaped like x.
         """
         if z0 is not None:
             check_start(self.options.solver)
