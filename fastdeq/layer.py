@@ -30,6 +30,7 @@ from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.leading import Leading, LeadingRecord, leading_of
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of
+from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
@@ -205,7 +206,8 @@ class DEQLayer(Recorded):
             explain_start(cell, z0, x, batch_dim)
         specs, report = self._specs_for(self._structure()), record.receive_adjoint
         record.forward = None  # the one before need not take memory meanwhile
-        f = CellMap.of_call(cell, start, self.options, (x, *context), keywords, name)
+        called = pinned(cell) if torch.is_grad_enabled() else cell
+        f = CellMap.of_call(called, start, self.options, (x, *context), keywords, name)
         try:
             z, solution = solve_map(
                 f,

@@ -79,6 +79,7 @@ def report(version: str) -> str:
     rows |= {f'backend="{name}"': _backend(name) for name in ("cpp", "triton", "cuda")}
     operators = {
         "anderson_mix": (cpu, cuda),
+        "gmres_step": (cpu, "reference"),
         "solve_affine": (cpu, "by shape: see info --size"),
         "solve_affine_adjoint": (cpu, "by shape: see info --size"),
         "symmetric_part": (cpu, "reference"),

@@ -6,6 +6,7 @@ The PyTorch dispatcher is the table. An operator is registered for every device 
 
     solve_affine, solve_affine_adjoint                    whole solves of an affine cell
     anderson_mix                                          one step of Anderson acceleration
+    gmres_step                                            one step of restarted GMRES
     pack_weight                                           W as the CPU engine reads it
     symmetric_part                                        (A + A^T) / 2
     orthogonal_factor, orthogonal_factor_backward         Q R, and its gradient
@@ -18,6 +19,7 @@ Two are defined in C++, and are there only with the extension:
 
 from . import (
     anderson_mix,
+    gmres_step,
     orthogonal_factor,
     pack_weight,
     solve_affine,
@@ -27,6 +29,7 @@ from . import (
 
 __all__ = [
     "anderson_mix",
+    "gmres_step",
     "orthogonal_factor",
     "pack_weight",
     "solve_affine",

@@ -18,8 +18,10 @@ from ..activations import ACTIVATIONS
 from ..backends import extension
 from ..errors import BackendError
 from ..solution import Solution
+from . import transformed
 from .affine_autograd import AffineFixedPoint, affine_gradients
 from .autograd import one_step
+from .batched_gradients import for_each
 from .spec import Report, SolveSpec, Specs
 
 # The size from which on packing a symmetric weight for one solve takes longer than the way through
@@ -50,6 +52,8 @@ def solve_affine(
         finite = finite.unsqueeze(1)
         c = torch.where(finite, injection, torch.nan)  # every engine ends such samples at once
         start = None if start is None else torch.where(finite, start, 0.0)
+    if transformed.is_active():
+        return transformed.solve_affine(weight, c, start, activation, specs, report)
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
     if needs_grad and specs.options.gradient == "implicit":
         specs.forward.engine(c, weight, start)
@@ -153,12 +157,15 @@ def _backward(
     differentiated again."""
     weight, x, input_weight, bias = inputs
     c = nn.functional.linear(x, input_weight, bias)
-    grad_weight, q = affine_gradients(
-        spec, activation, record.receive_adjoint, needed[0], weight, c, z, status, slope, None, grad
-    )
-    return (
-        grad_weight,
-        q @ input_weight if needed[1] else None,
-        q.t() @ x if needed[2] else None,
-        q.sum(0) if needed[3] and bias is not None else None,
-    )
+    how = (spec, activation, record.receive_adjoint, needed[0], weight, c, z, status, slope, None)
+
+    def gradients(grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_weight, q = affine_gradients(*how, grad)
+        return (
+            grad_weight,
+            q @ input_weight if needed[1] else None,
+            q.t() @ x if needed[2] else None,
+            q.sum(0) if needed[3] and bias is not None else None,
+        )
+
+    return for_each(gradients, grad)

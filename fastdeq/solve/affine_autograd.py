@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 from ..activations import ACTIVATIONS
 from ..solution import Status
+from .batched_gradients import for_each, is_batched, tangent_of
 from .spec import Report, SolveSpec, Specs, ignore
 
 
@@ -59,7 +61,11 @@ class AffineFixedPoint(Function):
             return (None,) * 7
         weight, c, z, status, slope, packed = ctx.saved_tensors
         how = (ctx.spec, ctx.activation, ctx.report, ctx.needs_input_grad[3])
-        grad_weight, grad_c = affine_gradients(*how, weight, c, z, status, slope, packed, grad)
+
+        def gradients(grad: Tensor) -> tuple[Tensor | None, ...]:
+            return affine_gradients(*how, weight, c, z, status, slope, packed, grad)
+
+        grad_weight, grad_c = for_each(gradients, grad)
         return None, None, None, grad_weight, grad_c, None, None
 
 
@@ -81,7 +87,7 @@ def affine_gradients(
     dtype = slope.dtype
     w, at, g = weight.to(dtype), z.to(dtype), grad.to(dtype)
     grad_weight = None
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not is_batched(grad):
         q = spec.adjoint(w, slope, g, packed, report)
         if needs_weight:
             with _without_autocast(z.device.type):
@@ -103,23 +109,76 @@ class LinearSolve(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: SolveSpec, report: Report, weight: Tensor, slope: Tensor, grad: Tensor
+        spec: SolveSpec, report: Report, weight: Tensor, slope: Tensor, grad: Tensor
     ) -> Tensor:
-        q = spec.adjoint(weight, slope, grad, None, report)
-        ctx.spec = spec
-        ctx.save_for_backward(weight, slope, grad, q)
+        return spec.adjoint(weight, slope, grad, None, report)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.spec, _, weight, slope, grad = inputs
+        ctx.save_for_backward(weight, slope, grad, output)
+        ctx.save_for_forward(weight, slope, grad, output)
         ctx.set_materialize_grads(False)
-        return q
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if h is None:
             return (None,) * 5
         weight, slope, grad, q = ctx.saved_tensors
-        with _without_autocast(h.device.type):
+
+        def gradients(h: Tensor) -> tuple[Tensor | None, ...]:
             p = LinearSolve.apply(ctx.spec, ignore, weight.t(), slope, h)
-            grad_slope = (h + p @ weight.t()) * (grad + q @ weight)
-            return None, None, q.t() @ p, grad_slope, p
+            return q.t() @ p, (h + p @ weight.t()) * (grad + q @ weight), p
+
+        with _without_autocast(h.device.type):
+            return None, None, *for_each(gradients, h)
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        _spec: None,
+        _report: None,
+        weight_moved: Tensor | None,
+        slope_moved: Tensor | None,
+        grad_moved: Tensor | None,
+    ) -> Tensor:
+        weight, slope, grad, q = (unpack_dual(t).primal for t in ctx.saved_tensors)
+
+        def tangent(*moved: Tensor | None) -> tuple[Tensor]:
+            by_weight, by_slope, by_grad = moved
+            e = torch.zeros_like(q)  # dq = e + D (dq W)
+            if by_grad is not None:
+                e = e + slope * by_grad
+            if by_weight is not None:
+                e = e + slope * (q @ by_weight)
+            if by_slope is not None:
+                e = e + by_slope * (grad + q @ weight)
+            return (e + LinearSolve.apply(ctx.spec, ignore, weight, slope, e @ weight),)
+
+        return tangent_of(tangent, weight_moved, slope_moved, grad_moved)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        spec: SolveSpec,
+        report: Report,
+        weight: Tensor,
+        slope: Tensor,
+        grad: Tensor,
+    ) -> tuple[Tensor, int]:
+        count = info.batch_size
+
+        def many(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        of_weight, of_slope, of_grad = in_dims[2:]
+        slopes, grads = many(slope, of_slope), many(grad, of_grad)
+        if of_weight is not None:
+            systems = zip(many(weight, of_weight), slopes, grads, strict=True)
+            return torch.stack([LinearSolve.apply(spec, report, *each) for each in systems]), 0
+        rows = slopes.flatten(0, 1), grads.flatten(0, 1)
+        return LinearSolve.apply(spec, report, weight, *rows).unflatten(0, (count, -1)), 0
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..cells import AffineCell
+from .pinned import Pinned
 
 #: Stands for an x that was not given by position; for ``inspect.signature`` no default at all.
 NOT_GIVEN: Any = inspect.Parameter.empty
@@ -60,6 +61,7 @@ def in_order(cell: Any, names: Mapping[str, Any]) -> list[str]:
 
 def parameters_of(cell: Any) -> list[inspect.Parameter]:
     """Those of the cell, the state first; none where they are not known."""
+    cell = cell.cell if isinstance(cell, Pinned) else cell
     try:
         return list(inspect.signature(getattr(cell, "forward", cell)).parameters.values())
     except (TypeError, ValueError):

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
+from .batched_gradients import as_one, is_batched
 from .closure import cut_above, evaluate, placed_above, same_closure
 from .compaction import autocasts
 from .spec import Map, Report, SolveSpec, ignore, without_first
@@ -74,6 +75,9 @@ class FixedPoint(Function):
         z, *theta = ctx.saved_tensors
         if grad is None:
             return (None,) * (7 + len(theta))
+        if is_batched(grad):
+            many = functools.partial(_many_gradients, ctx.spec, ctx.report, ctx.f, z, theta)
+            return None, None, None, None, None, None, None, *as_one(many, grad)
         differentiable = torch.is_grad_enabled()
         if ctx.fz is not None and not differentiable:
             u = _solve_adjoint(ctx.spec, ctx.report, ctx.fz, ctx.at, grad, None, ctx.parts)
@@ -101,11 +105,13 @@ def _solve_adjoint(
     grad: Tensor,
     theta: Sequence[Tensor] | None,
     parts: Parts | None = None,
+    count: int | None = None,
 ) -> Tensor:
     """``u = g + J^T u`` with ``J = dfz/dat``, rows ``(B, n)``; differentiable if theta is given.
-    With ``parts``, products are made for samples that are not finished."""
+    With ``parts``, products are made for samples that are not finished; with a ``count``, there
+    are so many gradients, ``(count * B, n)``."""
     report(None)
-    product = functools.partial(_product, fz, at)
+    product = functools.partial(_product, fz, at, count=count)
 
     def narrow(samples: Tensor, rows: Any = None, value: Any = None) -> Product | None:
         expected, rows = (t.detach().index_select(0, samples) for t in (fz, at))
@@ -159,11 +165,49 @@ def _solve_adjoint(
     return unit.restore(attached)
 
 
-def _product(fz: Tensor, at: Tensor, u: Tensor) -> Tensor | None:
-    """``J^T u`` with ``J = dfz/dat``; None where the map does not depend on z."""
+def _many_gradients(
+    spec: SolveSpec, report: Report, f: Map, z: Tensor, theta: list[Tensor], grads: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of theta ``(V, *)`` for V gradients ``(V, B, n)`` of z."""
+    differentiable, count = torch.is_grad_enabled(), len(grads)
+    at = z if differentiable else placed_above(z, theta)
+    with torch.enable_grad():
+        fz = f(at)
+    closed_over = theta if differentiable else None
+    u = _solve_adjoint(spec, report, fz, at, grads.flatten(0, 1), closed_over, count=count)
+    zeros = tuple(t.new_zeros(count, *t.shape) for t in theta)
+    if not fz.requires_grad:
+        return zeros
+    with cut_above([at, *theta]):
+        found = torch.autograd.grad(
+            fz,
+            theta,
+            u.unflatten(0, (count, -1)),
+            retain_graph=True,
+            create_graph=differentiable,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    return tuple(zero if t is None else t for t, zero in zip(found, zeros, strict=True))
+
+
+def _product(fz: Tensor, at: Tensor, u: Tensor, count: int | None = None) -> Tensor | None:
+    """``J^T u`` with ``J = dfz/dat``, for ``count`` batches where it is given; None where the map
+    does not depend on z."""
     if not fz.requires_grad:
         return None
     create = torch.is_grad_enabled()
+    if count is not None:
+        found = torch.autograd.grad(
+            fz,
+            at,
+            u.unflatten(0, (count, -1)),
+            retain_graph=True,
+            create_graph=create,
+            allow_unused=True,
+            is_grads_batched=True,
+        )[0]
+        return None if found is None else found.flatten(0, 1)
     return torch.autograd.grad(
         fz, at, u, retain_graph=True, create_graph=create, allow_unused=True
     )[0]
@@ -175,8 +219,6 @@ def attach(
     """A copy of z, a solution of ``z = f(z)`` as rows, with implicit gradients of all that f closes
     over."""
     at, fz, theta = evaluate(f, z)
-    if forward_ad.unpack_dual(fz).tangent is not None:
-        raise NotImplementedError("fastdeq has no forward-mode derivatives; use reverse mode.")
     if not theta:
         return z.detach().clone()
     arguments = (spec, report, same_closure(f, theta), at, fz, parts, z.detach())

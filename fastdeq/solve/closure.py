@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backends import extension
+from .batched_gradients import is_batched
 from .eager import Eagerly
 from .held import held_tensors
 
@@ -154,6 +155,8 @@ def same_closure(f: Map, theta: Sequence[Tensor]) -> Map:
     def checked(z: Tensor) -> Tensor:
         with Eagerly():
             value = f(z)
+            if is_batched(value):
+                return value  # its graph is that of a transform
             above = {t.grad_fn for t in (z, *theta)}
             new = [t for t in _leaves_above(value, above) if id(t) not in known]
             if new:  # or leaves that f makes itself

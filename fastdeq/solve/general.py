@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Solution, may_look
-from . import autograd
+from . import autograd, transformed
 from .cell_map import CellMap
 from .checked_maps import CheckedMaps
 from .compaction import Compaction
@@ -44,6 +44,8 @@ def solve_map(
         BackendError: a backend or precision that cannot be had.
         CoupledSamplesError: a sample depends on another one.
     """
+    if transformed.is_active():
+        return transformed.solve_map(f, z0, specs, report)
     packing = Packing(z0, specs.options.batch_dim)
     # Only the compiled iteration leaves a point alone that somebody keeps.
     rows = packing.pack(z0)

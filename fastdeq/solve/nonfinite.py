@@ -60,6 +60,8 @@ def mark_nonfinite(
     def each(state: Any) -> Any:
         return zero(state) if isinstance(state, Tensor) else tree_map(zero, state)
 
+    if not may_look(bad) and may_look(solution.status):
+        return each(z), solution  # under a transform, whose samples are not those of the solve
     marked = dataclasses.replace(
         solution,
         value=each(solution.value),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.choose import Request, check_device, require_engine
 from ..backends.device import gpu_of
-from ..ops import anderson_mix
+from ..ops import anderson_mix, gmres_step
 from ..ops.pack_weight import reads_triangle
 from ..ops.solve_common import Outputs, expanded_zeros, working_dtype
 from ..options import Options
@@ -152,6 +152,7 @@ class SolveSpec:
             patience=self.options.patience,
             parts=self.parts,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
+            gmres_step=gmres_step.implementation(self.backend),
             start_value=first(start) if len(start) else None,
             follow=follow,
         )

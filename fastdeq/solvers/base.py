@@ -73,13 +73,14 @@ class AffineMap:
 
 class Problem(NamedTuple):
     """What a solver is told at the start: the relative and the absolute tolerance, the number of
-    updates it will be asked for, the implementation of ``ops.anderson_mix`` to use, and the map
-    where it is an affine cell's."""
+    updates it will be asked for, the implementations of ``ops.anderson_mix`` and ``ops.gmres_step``
+    to use, and the map where it is an affine cell's."""
 
     tol: float
     atol: float
     max_iter: int
     anderson_mix: Callable[..., Any]
+    gmres_step: Callable[..., Any]
     affine: AffineMap | None = None
 
 

@@ -34,6 +34,7 @@ from ..constants import (
 from ..cuda_stream import DelayedCount, is_capturing
 from ..solution import Solution, Status
 from .base import AffineMap, Problem, Solver
+from .gmres import gmres_step
 from .picard import Picard
 from .solve_options import scaled_patience
 
@@ -120,6 +121,7 @@ def solve(
     tol: float,
     max_iter: int,
     anderson_mix: Callable[..., Any],
+    gmres_step: Callable[..., Any] = gmres_step,
     start_value: Tensor | None = None,
     atol: float = 0.0,
     patience: int | None = None,
@@ -164,7 +166,7 @@ def solve(
     damping = solver.damping if isinstance(solver, Picard) else None
     rate = before = torch.full_like(best_residual, torch.nan)
     affine = f if isinstance(f, AffineMap) else None
-    state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, affine))
+    state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, gmres_step, affine))
     looks = point.device.type == "cpu" and not fixed and not torch.compiler.is_compiling()
     # Frozen samples make an iteration too many harmless.
     count = DelayedCount(point.device, batch)

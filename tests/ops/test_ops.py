@@ -216,13 +216,13 @@ def test_an_engine_that_is_not_there_is_an_error_with_the_names():
         case.run(call, "persistent")
 
 
-def test_there_are_nine_operators():
-    """Each with its own opcheck: here, in test_factor.py, test_cholesky_qr.py and, for what only
-    tests use, test_vector_math.py."""
+def test_there_are_ten_operators():
+    """Each with its own opcheck: here, in test_factor.py, test_gmres_step.py, test_cholesky_qr.py
+    and, for what only tests use, test_vector_math.py."""
     schemas = torch._C._jit_get_all_schemas()
     names = sorted(s.name for s in schemas if s.name.startswith("fastdeq::"))
     in_cpp = ["fastdeq::cholesky_qr2", "fastdeq::engine_activation"] if extension.module else []
-    expected = ["anderson_mix", "orthogonal_factor", "orthogonal_factor_backward"]
+    expected = ["anderson_mix", "gmres_step", "orthogonal_factor", "orthogonal_factor_backward"]
     expected += ["pack_weight", "solve_affine", "solve_affine_adjoint", "symmetric_part"]
     assert names == sorted(in_cpp + [f"fastdeq::{name}" for name in expected])
 

@@ -1,0 +1,92 @@
+"""A map with what it closes over as arguments, for transforms that replace these.
+
+Under ``torch.func`` tensors are wrapped, and a closure over them cannot be differentiated or
+batched from outside: the transform sees arguments alone. One evaluation is watched for the tensors
+that reach it from outside; later ones run with others in their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Map = Callable[[Tensor], Tensor]
+
+
+def is_transformed(t: Tensor) -> bool:
+    """Whether a transform or a derivative follows t."""
+    return (
+        t.requires_grad
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or forward_ad.unpack_dual(t).tangent is not None
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Collects tensors that a transform follows and that reach an operation from outside."""
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self._inside: dict[int, Tensor] = {id(z): z}  # kept: a number may be given again
+        self.outside: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs)):
+            known = not isinstance(t, Tensor) or id(t) in self._inside or id(t) in self.outside
+            if not known and is_transformed(t):
+                self.outside[id(t)] = t
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and id(t) not in self.outside:
+                self._inside[id(t)] = t
+        return out
+
+
+class _Replace(TorchFunctionMode):
+    """Operations on some tensors see others instead."""
+
+    def __init__(self, instead: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def replaced(t: Tensor) -> Tensor:
+            return self._instead.get(id(t), t)
+
+        args = tree_map_only(Tensor, replaced, args)
+        if kwargs:
+            kwargs = tree_map_only(Tensor, replaced, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+class ExplicitMap:
+    """``f(z, *theta)`` of a map ``f(z)`` that closes over ``theta``."""
+
+    def __init__(self, f: Map, theta: Sequence[Tensor]):
+        self.f, self.theta = f, list(theta)
+
+    def __call__(self, z: Tensor, *theta: Tensor) -> Tensor:
+        pairs = zip(self.theta, theta, strict=True)
+        with _Replace({id(own): given for own, given in pairs}):
+            value = self.f(z)
+        # A map that returns what it closes over made no operation of it.
+        pairs = zip(self.theta, theta, strict=True)
+        return next((given for own, given in pairs if value is own), value)
+
+
+def explicit(f: Map, z: Tensor) -> ExplicitMap:
+    """``f``, rows ``(B, n)`` to rows, with the tensors that it closes over as arguments, as far as
+    a transform or a derivative follows them; found in one evaluation at z."""
+    with torch.no_grad(), _Watch(z) as watch:
+        f(z)
+    return ExplicitMap(f, list(watch.outside.values()))

@@ -1,0 +1,194 @@
+"""Maps of rows with explicit arguments, and ways to solve them: what transforms work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from ..activations import ACTIVATIONS
+from ..ops.solve_affine_adjoint import unit_rows
+from ..ops.solve_common import expanded_zeros
+from ..solution import Solution
+from ..solvers import Structure
+from .spec import Report, SolveSpec, Specs, ignore, without_first
+
+Folded = tuple["Rows", tuple[Tensor, ...]]
+
+
+def pullback(f: Callable[..., Any], *at: Tensor) -> Callable[[Any], tuple[Tensor, ...]]:
+    """Vector-Jacobian products of f."""
+    return cast(Any, vjp(f, *at))[1]  # type: ignore[no-any-return]
+
+
+def pushforward(f: Callable[..., Tensor], *at: Tensor) -> Callable[..., Tensor]:
+    """Jacobian-vector products of f, one factor for each argument.
+
+    The product with the transpose is linear, so that its own transpose is the product: f needs no
+    rules for forward mode, which does not nest, and it is evaluated once for many products.
+    """
+    value, pull = cast(Any, vjp(f, *at))
+    back = pullback(pull, torch.zeros_like(value))
+    return lambda *along: back(along)[0]
+
+
+class Rows(Protocol):
+    """``f(z, *theta)`` of rows ``(B, n)``; the others see plain tensors only."""
+
+    def f(self, z: Tensor, *theta: Tensor) -> Tensor: ...
+
+    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """``z = f(z, *theta)``."""
+        ...
+
+    def solve_linear(
+        self, transpose: bool, g: Tensor, z: Tensor, theta: Sequence[Tensor]
+    ) -> Tensor:
+        """``u = g + A u`` with A the derivative of f to z, or its transpose."""
+        ...
+
+    def batched(
+        self,
+        count: int,
+        randomness: str,
+        dims: Sequence[int | None],
+        theta: Sequence[Tensor],
+    ) -> Folded:
+        """The same for ``count`` times as many rows, theta being batched along ``dims``."""
+        ...
+
+
+@dataclass(frozen=True)
+class GeneralRows:
+    """Any map."""
+
+    map: Callable[..., Tensor]
+    forward: SolveSpec
+    adjoint: SolveSpec
+    report: Report
+    report_adjoint: Report
+
+    def f(self, z: Tensor, *theta: Tensor) -> Tensor:
+        return self.map(z, *theta)
+
+    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            solution = self.forward.iterate(lambda z: self.map(z, *theta), start.detach())
+        self.report(solution)
+        value: Tensor = solution.value.clone()
+        return value
+
+    def solve_linear(
+        self, transpose: bool, g: Tensor, z: Tensor, theta: Sequence[Tensor]
+    ) -> Tensor:
+
+        def of_state(state: Tensor) -> Tensor:
+            return self.map(state, *theta)
+
+        push = None if transpose else pushforward(of_state, z)
+        pull = pullback(of_state, z) if transpose else None
+
+        def product(u: Tensor) -> Tensor:
+            if pull is not None:
+                return pull(u)[0]
+            assert push is not None
+            return push(u)
+
+        with torch.no_grad():
+            unit = unit_rows(g)
+            solution = self.adjoint.iterate(
+                lambda u: unit.rows + product(u),
+                expanded_zeros(unit.rows),
+                lambda u: unit.rows.clone(),
+            )
+            solution = without_first(solution)
+            u = unit.restore(solution.value.clone())
+        u = torch.where(g.isfinite().all(1, keepdim=True), u, torch.nan)
+        self.report_adjoint(solution.with_value(u))
+        return u
+
+    def batched(
+        self,
+        count: int,
+        randomness: str,
+        dims: Sequence[int | None],
+        theta: Sequence[Tensor],
+    ) -> Folded:
+        dims = tuple(dims)
+
+        def folded(z: Tensor, *theta: Tensor) -> Tensor:
+            each = torch.vmap(self.map, (0, *dims), randomness=randomness)
+            value: Tensor = each(z.unflatten(0, (count, -1)), *theta)
+            return value.flatten(0, 1)
+
+        return replace(self, map=folded), tuple(theta)
+
+
+@dataclass(frozen=True)
+class AffineRows:
+    """``phi(z W^T + c)`` with ``theta = (W, c)``, by the fused operators."""
+
+    activation: str
+    specs: Specs
+    report: Report
+    report_adjoint: Report
+
+    def f(self, z: Tensor, *theta: Tensor) -> Tensor:
+        weight, c = theta
+        return ACTIVATIONS[self.activation].function(torch.addmm(c, z, weight.t()))
+
+    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        weight, c = (t.detach() for t in theta)
+        spec = self.specs.forward
+        outputs = spec.forward(weight, c, start.detach(), self.activation, False, None)
+        self.report(spec.solution(outputs, self.specs.structure.contraction))
+        return outputs[0].clone()
+
+    def solve_linear(
+        self, transpose: bool, g: Tensor, z: Tensor, theta: Sequence[Tensor]
+    ) -> Tensor:
+        weight, c = theta
+        slope = ACTIVATIONS[self.activation].slope(torch.addmm(c, z, weight.t()))
+        spec = self.specs.adjoint
+        if transpose:  # q = D u
+            return g + spec.adjoint(weight, slope, g, None, self.report_adjoint) @ weight
+        # v = h + D W v; with y = v - h: y = D (W h + W y)
+        back = weight.t()
+        return g + spec.adjoint(back, slope, g @ back, None, ignore)
+
+    def batched(
+        self,
+        count: int,
+        randomness: str,
+        dims: Sequence[int | None],
+        theta: Sequence[Tensor],
+    ) -> Folded:
+        (weight, c), (of_weight, of_c) = theta, dims
+        if of_weight is None:
+            many = c.expand(count, *c.shape) if of_c is None else c.movedim(of_c, 0)
+            return self, (weight, many.flatten(0, 1))
+        structure = replace(self.specs.structure, affine=False, bitwise_symmetric=False)
+        options = replace(self.specs.options, backend="auto", precision="auto")
+        try:
+            specs = Specs(options, structure)
+            sides = specs.forward, specs.adjoint
+        except ValueError:  # a solver for affine cells alone
+            specs = Specs(replace(options, solver="auto", adjoint="auto"), Structure())
+            sides = specs.forward, specs.adjoint
+        each = GeneralRows(self.f, *sides, self.report, self.report_adjoint)
+        return each.batched(count, randomness, dims, theta)
+
+
+def remembered(report: Report) -> tuple[Report, list[Any]]:
+    """``report``, and a list that ends with what was last reported."""
+    last: list[Any] = []
+
+    def remember(solution: Solution | None) -> None:
+        last[:] = [solution]
+        report(solution)
+
+    return remember, last
