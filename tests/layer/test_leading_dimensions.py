@@ -138,3 +138,12 @@ def test_leading_dimensions_in_a_compiled_program(fresh_compiler):
         torch.testing.assert_close(z, layer(x))
         (found,) = torch.autograd.grad(z.sum(), x)
         torch.testing.assert_close(found, torch.autograd.grad(layer(x).sum(), x)[0])
+
+
+def test_under_vmap_a_vector_or_more_is_an_example():
+    layer = DEQLayer(AffineCell(4, 5, scale=0.5, dtype=F64), tol=1e-10, max_iter=300)
+    x = torch.randn(2, 3, 6, 4, dtype=F64)
+    expected = layer(x)
+    for example in (x[0, 0], x[0], x):
+        z = torch.func.vmap(layer)(example)
+        torch.testing.assert_close(z, expected.flatten()[: z.numel()].view(z.shape))

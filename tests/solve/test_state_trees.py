@@ -138,3 +138,17 @@ def test_initial_state_and_diagnostics():
     assert type(DEQLayer(Cell())(x)) is Pair
     radius = spectral_radius(Cell(), x, tol=1e-3).value
     torch.testing.assert_close(radius, torch.full((3,), 0.5), rtol=1e-3, atol=0)
+
+
+def test_transforms_of_a_structure():
+    """Derivatives in forward mode and of torch.func."""
+
+    def solved(x):
+        f = lambda s: {"u": 0.5 * s["u"] + x, "v": [0.5 * s["v"][0] + s["u"]]}  # noqa: E731
+        start = {"u": torch.zeros(2, 3, dtype=F64), "v": [torch.zeros(2, 3, dtype=F64)]}
+        return fixed_point(f, start, tol=1e-12, max_iter=300)[0]["v"][0].pow(2).sum()
+
+    x = torch.randn(2, 3, dtype=F64)  # u = 2 x, v = 4 x
+    torch.testing.assert_close(torch.func.grad(solved)(x), 32 * x, rtol=1e-9, atol=1e-12)
+    _, tangent = torch.func.jvp(solved, (x,), (x,))
+    torch.testing.assert_close(tangent, 32 * x.pow(2).sum(), rtol=1e-9, atol=0)
