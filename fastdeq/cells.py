@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activation, ActivationName
 from .errors import check_choice, lists_options
+from .samples import plain_tensor
 from .solvers import Structure
 from .weights import Statement, WeightName, is_modified, make_weight, stated
 
@@ -17,7 +18,9 @@ _PARTS = ("forward", "phi", "inject", "injection_of", "recurrent_weight", "initi
 
 
 class AffineCell(nn.Module):
-    """``f(z, x) = phi(W z + U x + b)`` on rows: z ``(B, features)``, x ``(B, in_features)``.
+    """``f(z, x) = phi(W z + U x + b)``: z ``(..., features)``, x ``(..., in_features)``.
+
+    Leading dimensions are as in ``nn.Linear``: each vector is a sample.
 
     Args:
         in_features: size n of the input, >= 1.
@@ -118,8 +121,8 @@ class AffineCell(nn.Module):
             )
 
     def inject(self, x: Tensor) -> Tensor:
-        """``c = U x + b``, ``(B, features)``, for x ``(B, in_features)``; where ``injection`` was
-        replaced by another module, what that returns for any x with the batch first.
+        """``c = U x + b``, ``(..., features)``, for x ``(..., in_features)``; where ``injection``
+        was replaced by another module, what that returns for any x with the batch first.
 
         Raises:
             TypeError, ValueError: x of another shape, dtype or device than the cell's; where
@@ -166,10 +169,20 @@ class AffineCell(nn.Module):
         kind = type(self)
         return kind is AffineCell or all(getattr(kind, p) is getattr(AffineCell, p) for p in _PARTS)
 
+    def takes_vectors(self, x: Tensor) -> bool:
+        """Whether each vector of x ``(..., in_features)`` is a sample of the cell."""
+        u = self._modules["injection"]
+        if not isinstance(u, nn.Linear) or type(u).forward is not nn.Linear.forward:
+            return False
+        if x.dim() == 0 or x.shape[-1] != u.in_features:
+            return False
+        kind, own = type(self), self.__dict__
+        return all(p not in own and getattr(kind, p) is getattr(AffineCell, p) for p in _PARTS)
+
     def initial_state(self, x: Tensor) -> Tensor:
-        """The default start of a solve: zeros ``(B, features)``."""
+        """The default start of a solve: zeros ``(..., features)``."""
         if self._has_linear_injection():
-            return plain_tensor(x).new_zeros(len(x), self.features)
+            return plain_tensor(x).new_zeros((*x.shape[:-1], self.features))
         with torch.no_grad():
             return torch.zeros_like(self.inject(x))
 
@@ -184,7 +197,7 @@ class AffineCell(nn.Module):
         return known[2]
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """One step ``f(z, x)``, ``(B, features)``."""
+        """One step ``f(z, x)``, ``(..., features)``."""
         return self.phi.function(z @ self.recurrent_weight().t() + self.inject(x))
 
     def check_input(self, x: Tensor) -> None:
@@ -199,18 +212,17 @@ class AffineCell(nn.Module):
             and u is not None
             and x.dtype == u.dtype
             and x.device == u.device
-            and x.dim() == 2
-            and x.shape[1] == injection.in_features
+            and x.dim() > 0
+            and x.shape[-1] == injection.in_features
         ):
             return
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"x must be a tensor (B, {injection.in_features}), not {type(x).__name__}."
+                f"x must be a tensor (..., {injection.in_features}), not {type(x).__name__}."
             )
-        if x.dim() != 2 or x.shape[1] != injection.in_features:
+        if x.dim() == 0 or x.shape[-1] != injection.in_features:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; AffineCell needs (B, {injection.in_features}). "
-                "Flatten leading dimensions into the batch first."
+                f"x has shape {tuple(x.shape)}; AffineCell needs (..., {injection.in_features})."
             )
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; floating point is needed, e.g. x.float().")
@@ -232,7 +244,10 @@ class AffineCell(nn.Module):
         if not isinstance(c, Tensor):
             raise TypeError(f"{name} returned a {type(c).__name__}; it must return {needed}.")
         batch_first = not isinstance(x, Tensor) or x.dim() == 0 or x.shape[:1] == c.shape[:1]
-        if c.dim() != 2 or c.shape[1] != self.features or not batch_first:
+        fits = c.dim() == 2 and c.shape[1] == self.features and batch_first
+        if isinstance(x, Tensor) and self.takes_vectors(x):
+            fits = c.shape == (*x.shape[:-1], self.features)
+        if not fits:
             given = f" for x {tuple(x.shape)}" if isinstance(x, Tensor) else ""
             raise ValueError(
                 f"{name} returned a tensor of shape {tuple(c.shape)}{given}; it must return "
@@ -276,16 +291,3 @@ def _structure(statement: Statement, phi: Activation) -> Structure:
         affine=True,
         bitwise_symmetric=bitwise_symmetric,
     )
-
-
-def plain_tensor(t: Tensor) -> Tensor:
-    """t itself, or the same values as a plain tensor where its class adds Python methods to one.
-
-    A class that stores something else than values (distributed, fake, nested) is left alone."""
-    kind = type(t)
-    if kind is Tensor or kind is nn.Parameter:
-        return t
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return t
-    with torch._C.DisableTorchFunctionSubclass():
-        return t.as_subclass(Tensor)

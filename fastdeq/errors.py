@@ -77,26 +77,33 @@ def lists_options(owner: str) -> Callable[[_Function], _Function]:
     return decorate
 
 
-def explain_call(cell: Callable[..., Any], context: tuple[Any, ...], error: TypeError) -> None:
-    """Raises TypeError from ``error`` where ``cell(z, x, *context)`` does not fit the signature of
-    the cell, a module or a function; returns where it does, or where there is no signature."""
+def explain_call(
+    cell: Callable[..., Any],
+    context: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    error: TypeError,
+) -> None:
+    """Raises TypeError from ``error`` where ``cell(z, x, *context, **keywords)`` does not fit the
+    signature of the cell, a module or a function; returns where it does, or where there is no
+    signature."""
     try:
         signature = inspect.signature(getattr(cell, "forward", cell))
     except (TypeError, ValueError):
         return
-    if _fits(signature, 2 + len(context)):
+    if _fits(signature, 2 + len(context), keywords):
         return
     name = getattr(cell, "__name__", type(cell).__name__)
-    called = ", ".join(["z", "x", *(f"context[{i}]" for i in range(len(context)))])
+    given = [*(f"context[{i}]" for i in range(len(context))), *(f"{key}=..." for key in keywords)]
+    called = ", ".join(["z", "x", *given])
     message = f"the layer calls {name}({called}), which does not fit {name}{signature}."
-    if context and _fits(signature, 2):
+    if (context or keywords) and _fits(signature, 2, {}):
         message += " What follows x goes to the cell; a start is given by keyword: layer(x, z0=...)"
     raise TypeError(message) from error
 
 
-def _fits(signature: inspect.Signature, count: int) -> bool:
+def _fits(signature: inspect.Signature, count: int, keywords: Mapping[str, Any]) -> bool:
     try:
-        signature.bind(*[None] * count)
+        signature.bind(*[None] * count, **keywords)
     except TypeError:
         return False
     return True

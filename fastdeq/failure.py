@@ -68,7 +68,8 @@ _ABOVE_FLOOR = 200
 def _epsilon(solution: Solution) -> float:
     """Of the lowest precision that the map may have been evaluated in."""
     parts = tree_leaves(solution.value)
-    dtypes = [p.dtype for p in parts if isinstance(p, Tensor) and p.is_floating_point()]
+    tensors = [p for p in parts if isinstance(p, Tensor)]
+    dtypes = [p.dtype for p in tensors if p.is_floating_point() or p.is_complex()]
     device = solution.residual.device.type
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
@@ -113,6 +114,9 @@ def _to_try(solution: Solution, seen: list[Status], adjoint: bool) -> str:
     advice: dict[str, str] = {}
     for status in seen:
         advice |= {key: text.format(**names) for key, text in _ADVICE[status].items()}
+    general = solution.path.startswith("general") and not adjoint
+    if general and not bool(solution.converged.any()):
+        advice["randomness"] = 'pass randomness="same" if the cell draws random numbers (dropout)'
     wider = _wider_window(solution)
     if wider is not None:
         advice["solver"] = f"take a longer history, {names['solver']}={wider}"

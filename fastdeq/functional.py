@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from .backends.choose import Backend
 from .errors import lists_options
 from .failure import OnFailure, handle_failure
 from .gradients import Gradient, GradientMethod
-from .options import AdjointName, BatchDim, Options, Precision, SolverName, State
+from .options import AdjointName, BatchDim, Options, Precision, Randomness, SolverName, State
 from .solution import Solution
+from .solve.cell_map import CellMap
 from .solve.checked_maps import with_the_code_of
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
@@ -17,11 +19,14 @@ from .solve.record import OnSolution, check_watching
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 
+#: What the function returns: a state, or that and something else.
+Value = TypeVar("Value")
+
 
 @outside_graphs
 @lists_options("fixed_point")
 def fixed_point(
-    f: Callable[[State], State],
+    f: Callable[[State], Value],
     z0: State,
     *,
     solver: SolverName | Solver = "auto",
@@ -29,6 +34,8 @@ def fixed_point(
     gradient: Gradient | GradientMethod = "implicit",
     adjoint_limit: float | None = None,
     batch_dim: BatchDim = 0,
+    has_aux: bool = False,
+    randomness: Randomness = "different",
     tol: float = 1e-4,
     adjoint_tol: float | None = None,
     atol: float = 0.0,
@@ -41,12 +48,14 @@ def fixed_point(
     backend: Backend = "auto",
     on_failure: OnFailure = "warn",
     on_solution: OnSolution | None = None,
-) -> tuple[State, Solution]:
+) -> tuple[Value, Solution]:
     """Solves ``z = f(z)`` for each sample, differentiable in everything that f closes over.
 
     Args:
-        f: maps a state to a state of the same shapes and treats samples independently.
-        z0: start, a floating-point tensor or a tuple of them; it gets no gradient.
+        f: maps a state to a state of the same structure and shapes and treats samples
+            independently; with ``has_aux`` it returns ``(state, aux)``.
+        z0: start, a floating-point or complex tensor or any structure of them (tuples, lists,
+            dicts, named tuples); it gets no gradient. A tensor without dimensions is one sample.
         batch_dim: which dimension of the state counts samples: 0, another, a tuple of several, or
             None where all of the state is one sample, as a vector ``(n,)`` is.
 
@@ -57,7 +66,8 @@ def fixed_point(
     function with the same code closes over are not told apart.
 
     Returns:
-        The state, shaped like z0, and its :class:`fastdeq.Solution`.
+        What f returns, at the solution, and its :class:`fastdeq.Solution`: the state, or
+        ``(state, aux)`` with ``has_aux``.
 
     Raises:
         TypeError, ValueError: options or states that do not fit; the message lists what does.
@@ -70,6 +80,8 @@ def fixed_point(
         gradient=gradient,
         adjoint_limit=adjoint_limit,
         batch_dim=batch_dim,
+        has_aux=has_aux,
+        randomness=randomness,
         tol=tol,
         adjoint_tol=adjoint_tol,
         atol=atol,
@@ -91,8 +103,10 @@ def fixed_point(
 
     check_watching(0, on_solution)
     specs = Specs(options, Structure())
-    z, solution = solve_map(f, z0, specs, report, with_the_code_of(f), f)
+    whole = CellMap.of_call(f, z0, options)
+    z, solution = solve_map(whole, z0, specs, report, with_the_code_of(f), f)
     if on_solution is not None:
         on_solution("forward", solution)
     handle_failure(solution, on_failure, "fixed_point")
-    return z, solution
+    value: Any = (z, whole.auxiliary(z)) if has_aux else z
+    return value, solution

@@ -13,20 +13,30 @@ from .cells import AffineCell
 from .errors import explain_call, lists_options
 from .failure import OnFailure
 from .gradients import Gradient, GradientMethod
-from .options import AdjointName, BatchDim, Compact, Options, Precision, SolverName, State
+from .options import (
+    AdjointName,
+    BatchDim,
+    Compact,
+    Options,
+    Precision,
+    Randomness,
+    SolverName,
+    State,
+)
 from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.along import Along
+from .solve.arguments import NOT_GIVEN, input_of, refuse_keywords
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
+from .solve.leading import Leading, LeadingRecord, leading_of
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of, zeroed
 from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
-from .solve.spec import Specs
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
 from .solve.why_general import why_general
-from .solvers import Solver, Structure
+from .solvers import Solver
 
 
 class DEQLayer(Recorded):
@@ -34,8 +44,8 @@ class DEQLayer(Recorded):
 
     Args:
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
-            returns a state like z (a tensor or a tuple of them) and treats samples independently.
-            It may define ``initial_state(x)``.
+            returns a state like z (a tensor or a structure of them, real or complex) and treats
+            samples independently. It may define ``initial_state(x)``.
         solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
             object such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
@@ -50,13 +60,18 @@ class DEQLayer(Recorded):
         batch_dim: which dimension of the state counts samples, the same in each of its parts: an
             int, 1 for ``(T, B, d)``; a tuple for several, ``(0, 1)`` for T * B samples; None where
             all of the state is one sample (the nodes of a graph, a vector, batch normalisation in
-            training mode). Negative ones count from the back. An :class:`AffineCell` has 0.
+            training mode), as one of numbers without dimensions always is. Negative ones count
+            from the back. An :class:`AffineCell` has 0, and each vector is a sample.
         compact: whether a general cell is evaluated only for the samples that are not finished,
             whenever these are half of those evaluated so far or fewer. Arguments of the cell whose
             size is that of the batch in dimension ``batch_dim`` count samples; a tuple says it for
             each, x first: ``(0, None)`` where the second is shared. Values for a part are compared
             with those for all before they are relied on, and one for all confirms the result; where
             they differ a warning says so, once, and all are evaluated. Fused solves always do so.
+        has_aux: whether the cell returns ``(state, aux)``; the layer then returns ``(z, aux)``, aux
+            being that of one further evaluation, at z, with its gradient.
+        randomness: "different": each evaluation of the cell draws anew; "same": those of one solve
+            and its gradient draw the same numbers (dropout masks, noise), and each solve others.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
         adjoint_tol: the same for the adjoint; None: ``tol``.
@@ -112,6 +127,8 @@ class DEQLayer(Recorded):
         adjoint_limit: float | None = None,
         batch_dim: BatchDim = 0,
         compact: Compact = False,
+        has_aux: bool = False,
+        randomness: Randomness = "different",
         tol: float = 1e-4,
         adjoint_tol: float | None = None,
         atol: float = 0.0,
@@ -137,6 +154,8 @@ class DEQLayer(Recorded):
             adjoint_limit=adjoint_limit,
             batch_dim=batch_dim,
             compact=compact,
+            has_aux=has_aux,
+            randomness=randomness,
             tol=tol,
             adjoint_tol=adjoint_tol,
             atol=atol,
@@ -151,45 +170,64 @@ class DEQLayer(Recorded):
         )
         self._watch(keep_solutions, on_solution)
 
-    def forward(self, x: Any, *context: Any, z0: Any = None) -> Any:
-        """The equilibrium for x; further arguments go to the cell after x.
+    def forward(self, x: Any = NOT_GIVEN, /, *context: Any, z0: Any = None, **keywords: Any) -> Any:
+        """The equilibrium for x; further arguments, and those by keyword, go to the cell after x.
 
         A sample of a tensor x that is not finite ends NONFINITE: it returns zeros, gets and
         gives a zero gradient, and the other samples are solved as if it were absent. That is for x
         with the batch dimensions of the state; with ``batch_dim=None`` all of x is one sample.
 
         Args:
-            x: what the cell takes; for an :class:`AffineCell` ``(B, in_features)``.
-            context: further arguments of a general cell.
+            x: what the cell takes; for an :class:`AffineCell` ``(..., in_features)``, each vector
+                a sample. By keyword it is x, or has the name of the cell's parameter after the
+                state.
+            context, keywords: further arguments of a general cell, of any kind; tensors in them
+                get gradients. A parameter of the cell that is called z0 is not for them.
             z0: start of the solve, shaped like the state, in its dtype and on its device; default
-                ``cell.initial_state(x)`` where that exists, else zeros: ``(B, features)`` or, for
-                a general cell, shaped like x.
+                ``cell.initial_state(x)`` where that exists, else zeros: ``(..., features)`` or,
+                for a general cell, shaped like x.
         """
         if z0 is not None:
             check_start(self.options.solver)
-        if not context and self.options.registered:
+        name = None
+        if x is NOT_GIVEN:
+            x, keywords, name = input_of(self.cell, keywords)
+        if not context and not keywords and self.options.registered:
             cell = self.cell
             if isinstance(cell, AffineCell) and cell.is_plain():
                 return self._solve_affine(cell, x, z0)
-        return self._solve_general(x, context, z0)
+        return self._solve_general(x, context, keywords, z0, name)
 
     @outside_graphs
     def _solve_general(
-        self, x: Any, context: tuple[Any, ...], z0: Any, along: Along | None = None
+        self,
+        x: Any,
+        context: tuple[Any, ...],
+        keywords: dict[str, Any],
+        z0: Any,
+        name: str | None,
+        along: Along | None = None,
     ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
+        refuse_keywords(cell, keywords)
+        leading = leading_of(cell, x)
+        record: Any = self._record
+        if leading is not None:
+            x, z0, record = leading.rows(x), leading.start(z0), LeadingRecord(record, leading)
         start = start_for(cell, x) if z0 is None else z0
         dims = samples_of(x, start, batch_dim)
         if dims is not None:
             x, finite = finite_samples(x, dims)
         elif z0 is not None and isinstance(x, Tensor) and batch_dim == 0:
             explain_start(cell, z0, x, batch_dim)
-        specs, report = self._specs_for(self._structure()), self._record.receive_adjoint
-        self._record.forward = None  # the one before need not take memory meanwhile
+        specs, report = self._specs_for(self._structure()), record.receive_adjoint
+        record.forward = None  # the one before need not take memory meanwhile
+        called = pinned(cell) if torch.is_grad_enabled() else cell
+        f = CellMap.of_call(called, start, self.options, (x, *context), keywords, name)
         try:
             z, solution = solve_map(
-                CellMap(pinned(cell) if torch.is_grad_enabled() else cell, (x, *context)),
+                f,
                 start,
                 specs,
                 report,
@@ -199,7 +237,7 @@ class DEQLayer(Recorded):
             )
         except EXPLAINED as error:
             if isinstance(error, TypeError):
-                explain_call(cell, context, error)
+                explain_call(cell, context, keywords, error)
             if z0 is not None and type(error) in EXPLAINED:
                 explain_start(cell, z0, x, batch_dim, error)
             raise
@@ -207,23 +245,30 @@ class DEQLayer(Recorded):
             z, solution = mark_nonfinite(z, solution, ~finite, dims)
             if along is not None:
                 along.states = [zeroed(state, ~finite, dims) for state in along.states]
-        why = why_general(cell, context, self.options.registered, specs)
+        why = why_general(cell, (*context, *keywords), self.options.registered, specs)
         if why:
             solution = dataclasses.replace(solution, path=f"{solution.path} ({why})")
-        self._record.forward = solution
-        self._record.judge_forward()
-        return z
+        record.forward = solution
+        record.judge_forward()
+        aux = f.auxiliary(z) if f.has_aux else None
+        if leading is not None:
+            z = leading.state(z)
+            if along is not None:
+                along.states = [leading.state(state) for state in along.states]
+        return (z, aux) if f.has_aux else z
 
     if TYPE_CHECKING:  # a module's call is of type Any: the state is of the kind of its start
 
         @overload
-        def __call__(self, x: Any, *context: Any, z0: None = None, **more: Any) -> Any: ...
+        def __call__(self, x: Any = ..., /, *args: Any, z0: None = None, **more: Any) -> Any: ...
         @overload
-        def __call__(self, x: Any, *context: Any, z0: State, **more: Any) -> State: ...
-        def __call__(self, x: Any, *context: Any, z0: Any = None, **more: Any) -> Any: ...
+        def __call__(self, x: Any = ..., /, *args: Any, z0: State, **more: Any) -> State: ...
+        def __call__(self, x: Any = ..., /, *args: Any, z0: Any = None, **more: Any) -> Any: ...
 
-    def _solve_affine(self, cell: AffineCell, x: Any, z0: Any) -> Tensor:
-        record = self._record
+    def _solve_affine(
+        self, cell: AffineCell, x: Any, z0: Any, leading: Leading | None = None
+    ) -> Tensor:
+        record: Any = self._record if leading is None else LeadingRecord(self._record, leading)
         if self.options.batch_dim not in (0, -2):
             refuse_batch_dim(self.options.batch_dim)
         specs = self._specs_for(cell.structure())
@@ -235,6 +280,9 @@ class DEQLayer(Recorded):
                 z: Tensor | None = plan.solve(record, weight, x, *linear, z0)
                 if z is not None:
                     return z
+        if (vectors := leading_of(cell, x)) is not None:
+            rows = self._solve_affine(cell, vectors.rows(x), vectors.start(z0), vectors)
+            return vectors.state(rows)
         x, finite = finite_samples(cell.checked_input(x))
         injection = cell.injection_of(x)  # x is checked, and nothing is overridden
         start = None if z0 is None else cell.check_state(z0, injection).detach()
@@ -243,29 +291,6 @@ class DEQLayer(Recorded):
         )
         record.judge_forward()
         return z
-
-    def _plain(self) -> bool:
-        return isinstance(self.cell, AffineCell) and self.cell.is_plain()
-
-    def _structure(self) -> Structure:
-        if not self._plain():
-            return Structure()
-        structure: Structure = self.cell.structure()
-        return dataclasses.replace(structure, affine=False)  # not solved as one here
-
-    def _specs_for(self, structure: Structure) -> Specs:
-        """How to solve a map of ``structure``: made once, for as long as cell and options stay."""
-        if torch.compiler.is_compiling():
-            return Specs(self.options, structure)
-        found = self._specs
-        if (
-            found is None
-            or found.options is not self.options
-            or (found.structure is not structure and found.structure != structure)
-        ):
-            found = self._specs = Specs(self.options, structure)
-        self._record.on_failure = self.options.on_failure
-        return found
 
     def extra_repr(self) -> str:
         return self.options.shown()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from .backends.choose import BACKENDS
 from .backends.choose import Backend as Backend
@@ -22,11 +22,24 @@ from .samples import check_batch_dim, check_compact
 from .solvers import ADJOINT, FORWARD, SOLVERS, Solver, named
 from .solvers.solve_options import PRECISIONS
 
-#: A state: what a map takes and returns, a tensor or a tuple of them.
+#: A state: what a map takes and returns, a tensor or a structure of them.
 State = TypeVar("State")
 SolverName = Literal["auto", "picard", "anderson", "heavy_ball", "energy"]
 AdjointName = Literal["auto", "picard", "anderson", "heavy_ball", "neumann", "gmres", "minres"]
 Precision = Literal["auto", "float32", "mixed"]
+#: Whether the evaluations of one solve and its gradient draw different random numbers, or the same.
+Randomness = Literal["different", "same"]
+RANDOMNESS: tuple[Randomness, ...] = get_args(Randomness)
+
+# Options that a layer shows where they are not these.
+_SHOWN = (
+    ("gradient", "implicit"),
+    ("adjoint_limit", None),
+    ("batch_dim", 0),
+    ("compact", False),
+    ("has_aux", False),
+    ("randomness", "different"),
+)
 
 #: The largest iteration limit: the engines count updates, and one evaluation more, in 32 bits.
 MOST_ITERATIONS = 2**31 - 2
@@ -42,6 +55,8 @@ class Options:
     adjoint_limit: float | None = None
     batch_dim: BatchDim = 0
     compact: Compact = False
+    has_aux: bool = False
+    randomness: Randomness = "different"
     tol: float = 1e-4
     adjoint_tol: float | None = None
     atol: float = 0.0
@@ -54,10 +69,11 @@ class Options:
     backend: Backend = "auto"
     on_failure: OnFailure = "warn"
     registered: bool = field(init=False, repr=False)
-    """Whether the operators know both solvers by name, so that a whole solve is one call."""
+    """Whether the operators know both solvers by name, so that a whole solve may be one call, which
+    has no auxiliary outputs."""
 
     def __post_init__(self) -> None:
-        registered = True
+        registered = not self.has_aux
         for name, adjoint in (("solver", False), ("adjoint", True)):
             given = getattr(self, name)
             if given != "auto":  # an object from now on: a compiled layer does not build any
@@ -69,6 +85,9 @@ class Options:
         object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
         object.__setattr__(self, "compact", check_compact(self.compact, self.batch_dim))
         object.__setattr__(self, "gradient", named_gradient(self.gradient))
+        check_choice(self.randomness, RANDOMNESS, "randomness")
+        if not isinstance(self.has_aux, bool):
+            raise ValueError(f"has_aux must be True or False, got {self.has_aux!r}.")
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.backend, BACKENDS, "backend")
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
@@ -101,12 +120,7 @@ class Options:
             f"solver={self.solver!r}, adjoint={self.adjoint!r}, tol={self.tol:g}, "
             f"max_iter={self.max_iter}"
         )
-        for name, default in (
-            ("gradient", "implicit"),
-            ("adjoint_limit", None),
-            ("batch_dim", 0),
-            ("compact", False),
-        ):
+        for name, default in _SHOWN:
             if (value := getattr(self, name)) != default:
                 shown += f", {name}={value!r}"
         return shown

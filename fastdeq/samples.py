@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: The dimension that counts samples; several; None: all of the state is one sample.
 BatchDim: TypeAlias = int | tuple[int, ...] | None
@@ -66,7 +66,8 @@ def check_compact(value: object, batch_dim: BatchDim) -> Compact:
 
 
 def resolve(batch_dim: BatchDim, parts: Sequence[Tensor]) -> tuple[int, ...]:
-    """The batch dimensions of every part of a state, >= 0; () where the state is one sample.
+    """The batch dimensions of every part of a state, >= 0; () where the state is one sample, as one
+    of numbers without dimensions is.
 
     Raises:
         ValueError: a part without them, or negative ones of parts with different numbers of
@@ -76,6 +77,8 @@ def resolve(batch_dim: BatchDim, parts: Sequence[Tensor]) -> tuple[int, ...]:
         return ()
     given = batch_dim if isinstance(batch_dim, tuple) else (batch_dim,)
     counts = [p.dim() for p in parts]
+    if batch_dim == 0 and not any(counts):
+        return ()
     if min(given) < 0 and len(set(counts)) > 1:
         raise ValueError(
             f"batch_dim={batch_dim} is ambiguous: the parts of the state have {counts} "
@@ -148,3 +151,16 @@ def memory_order(t: Tensor) -> tuple[int, ...] | None:
     if layout is None or t.is_contiguous() or not t.is_contiguous(memory_format=layout):
         return None
     return (0, *range(2, t.dim()), 1)
+
+
+def plain_tensor(t: Tensor) -> Tensor:
+    """t itself, or the same values as a plain tensor where its class adds Python methods to one.
+
+    A class that stores something else than values (distributed, fake, nested) is left alone."""
+    kind = type(t)
+    if kind is Tensor or kind is nn.Parameter:
+        return t
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.as_subclass(Tensor)

@@ -34,8 +34,8 @@ class Solution:
     ``batch_dim=None``. Compared and hashed by identity.
 
     Attributes:
-        value: the best finite iterate of each sample, shaped like the state (a tensor or a tuple
-            of them). Detached when read from ``DEQLayer.last_solution``.
+        value: the best finite iterate of each sample, a state (a tensor or a structure of them).
+            Detached when read from ``DEQLayer.last_solution``.
         status: ``(B,)`` int8, values of :class:`Status`.
         iterations: ``(B,)`` int32, updates made for the sample until it stopped. Verifying the
             last one takes one further evaluation of the cell.
@@ -129,7 +129,9 @@ class Solution:
         return estimate
 
     def _size(self) -> Tensor:
-        rows = as_rows(self.value, resolve(self.batch_dim, [self.value])).to(self.residual.dtype)
+        rows = as_rows(self.value, resolve(self.batch_dim, [self.value]))
+        if not rows.is_complex():
+            rows = rows.to(self.residual.dtype)
         size: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return size
 

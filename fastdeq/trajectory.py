@@ -12,7 +12,12 @@ from .solve.start import check_start
 
 
 def trajectory(
-    layer: DEQLayer, x: Any, *context: Any, states: int | Sequence[int], z0: Any = None
+    layer: DEQLayer,
+    x: Any,
+    *context: Any,
+    states: int | Sequence[int],
+    z0: Any = None,
+    **keywords: Any,
 ) -> list[Any]:
     """States along one solve of ``layer``, the equilibrium last, each with its gradient.
 
@@ -23,8 +28,9 @@ def trajectory(
     general one, an :class:`AffineCell` too.
 
     Args:
-        layer: a layer without ``compact``, ``precision="mixed"`` or a reversible gradient.
-        x, context, z0: what the layer takes.
+        layer: a layer without ``compact``, ``has_aux``, ``precision="mixed"`` or a reversible
+            gradient.
+        x, context, z0, keywords: what the layer takes.
         states: numbers of updates, >= 1, ascending (torchdeq's ``indexing``); or how many states in
             all, spaced evenly over the most updates that the solver makes (``n_states``).
 
@@ -41,6 +47,7 @@ def trajectory(
         f"{name}={value!r}"
         for name, value, allowed in (
             ("compact", options.compact, options.compact is False),
+            ("has_aux", options.has_aux, not options.has_aux),
             ("precision", options.precision, options.precision != "mixed"),
             ("gradient", options.gradient, getattr(options.gradient, "name", "") != "reversible"),
         )
@@ -52,7 +59,7 @@ def trajectory(
         check_start(options.solver)
     updates = getattr(options.solver, "fixed_iterations", 0) or options.max_iter
     along = Along(_counts(states, updates))
-    z = layer._solve_general(x, context, z0, along)
+    z = layer._solve_general(x, context, keywords, z0, None, along)
     return [*along.states, z]
 
 

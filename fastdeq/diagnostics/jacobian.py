@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..cells import AffineCell
 from ..errors import lists_options
 from ..layer import DEQLayer
+from ..solve.cell_map import CellMap
 from ..solve.coupling import are_independent
+from ..solve.leading import leading_of
 from ..solve.packing import Packing
 from . import krylov
 from .estimate import Estimate, check_numbers
@@ -178,6 +181,9 @@ class _Linearization:
         elif isinstance(cell, AffineCell):
             z = cell.check_state(z, cell.inject(x).detach())
         batch_dim = 0 if layer is None else layer.options.batch_dim
+        if (leading := leading_of(cell, x)) is not None:
+            batch_dim = leading.batch_dim
+        f = CellMap(cell, (x, *context), has_aux=layer is not None and layer.options.has_aux)
         packing = Packing(z, batch_dim)
         packing.copies = True  # z is the caller's
         rows = packing.pack(z).detach()
@@ -186,7 +192,7 @@ class _Linearization:
         excluded = excluded | ~rows.isfinite().all(1)
         self.at = rows.requires_grad_()
         with torch.enable_grad():
-            self.value = packing.pack(cell(packing.unpack(self.at), x, *context))
+            self.value = packing.pack(f(packing.unpack(self.at)))
         if len(rows) > 1:
             are_independent(self.value, self.at, batch_dim)
         self.excluded = excluded | ~self.value.detach().isfinite().all(1)
@@ -255,14 +261,16 @@ def _equilibrium(
         probe.options = layer.options
     z = probe(x, *context)
     assert probe.last_solution is not None
+    if probe.options.has_aux:
+        z, _ = z
     return z, probe.last_solution.nonfinite
 
 
 def _usable(value: Any) -> Any:
     """``value`` with tensors that were made in inference mode replaced by copies: autograd may not
     save those."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_usable, value))
-    return value
+
+    def one(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    return tree_map(one, value)

@@ -8,15 +8,21 @@ relies on either.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..options import Options
 from ..samples import Compact, take
+from .arguments import in_order
+from .eager import Eagerly
+from .randomness import Replay
+from .state_tree import described
 
 #: Places of tensors among the leaves of all arguments, and the dimension of each to take from.
 Taken = dict[int, int]
@@ -24,13 +30,53 @@ Taken = dict[int, int]
 
 @dataclass(eq=False)
 class CellMap:
-    """``state -> cell(state, *arguments)``."""
+    """``state -> cell(state, *arguments, **keywords)``."""
 
     cell: Callable[..., Any]
     arguments: tuple[Any, ...]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    #: Whether the cell returns ``(state, aux)``.
+    has_aux: bool = False
+    #: What calls the cell, where its evaluations are to draw the same random numbers.
+    replay: Replay | None = None
+
+    @classmethod
+    def of_call(
+        cls,
+        cell: Any,
+        start: Any,
+        options: Options,
+        arguments: tuple[Any, ...] = (),
+        keywords: dict[str, Any] | None = None,
+        name: str | None = None,
+    ) -> CellMap:
+        """That of a layer's call; the cell takes the first argument by ``name`` where there is
+        one."""
+        keywords = keywords or {}
+        if name is not None:
+            arguments, keywords = arguments[1:], {name: arguments[0], **keywords}
+        same = options.randomness == "same"
+        replay = Replay((start, arguments, keywords)) if same else None
+        return cls(cell, arguments, keywords, options.has_aux, replay)
 
     def __call__(self, state: Any) -> Any:
-        return self.cell(state, *self.arguments)
+        if self.replay is None and not self.has_aux:
+            return self.cell(state, *self.arguments, **self.keywords)
+        value = self._evaluated(state)
+        return _pair(value)[0] if self.has_aux else value
+
+    def auxiliary(self, state: Any) -> Any:
+        """What the cell returns beside the state, evaluated at one that its caller may write to;
+        with its gradient in grad mode."""
+        own = tree_map(lambda t: t.clone(), state)
+        with Eagerly() if torch.is_grad_enabled() else contextlib.nullcontext():
+            return _pair(self._evaluated(own))[1]
+
+    def _evaluated(self, state: Any) -> Any:
+        if self.replay is None:
+            return self.cell(state, *self.arguments, **self.keywords)
+        return self.replay(self.cell, state, *self.arguments, **self.keywords)
 
     def ways(self, batch: int, batch_dim: int, ndim: int, compact: Compact) -> Iterator[Taken]:
         """Ways to tell what belongs to samples, the likeliest first, for a state whose ``ndim``
@@ -42,7 +88,7 @@ class CellMap:
         if not isinstance(compact, bool):
             yield self._named(batch, compact)
             return
-        leaves = tree_flatten(self.arguments)[0]
+        leaves = tree_flatten((self.arguments, self.keywords))[0]
         dim = batch_dim % ndim
         every = {
             i: dim
@@ -59,33 +105,49 @@ class CellMap:
 
     def of(self, samples: Tensor, taken: Taken) -> CellMap:
         """The same for the samples ``(b,)`` int64 alone."""
-        leaves, spec = tree_flatten(self.arguments)
+        leaves, spec = tree_flatten((self.arguments, self.keywords))
         for i, dim in taken.items():
             leaves[i] = take(leaves[i], samples, dim)
-        return replace(self, arguments=tree_unflatten(leaves, spec))
+        arguments, keywords = tree_unflatten(leaves, spec)
+        return replace(self, arguments=arguments, keywords=keywords)
 
     def _named(self, batch: int, dims: tuple[int | None, ...]) -> Taken:
-        if len(dims) != len(self.arguments):
+        names = in_order(self.cell, self.keywords) if self.keywords else []
+        count = len(self.arguments) + len(names)
+        if len(dims) != count:
             raise ValueError(
-                f"compact={dims!r} has {len(dims)} entries for {len(self.arguments)} arguments of "
-                "the cell after the state; give one for each: the dimension that counts samples, "
-                "or None for what all samples share."
+                f"compact={dims!r} has {len(dims)} entries for {count} arguments of the cell after "
+                "the state; give one for each, in the order of the cell's parameters: the "
+                "dimension that counts samples, or None for what all samples share."
             )
+        by_name = dict(zip(names, dims[len(self.arguments) :], strict=True))
+        arguments = [
+            *((f"argument {i}", dims[i], a) for i, a in enumerate(self.arguments)),
+            *((f"argument {name!r}", by_name[name], a) for name, a in self.keywords.items()),
+        ]
         taken: Taken = {}
         place = 0
-        for position, (dim, argument) in enumerate(zip(dims, self.arguments, strict=True)):
+        for which, dim, argument in arguments:
             for leaf in tree_flatten(argument)[0]:
                 if dim is not None and isinstance(leaf, Tensor):
                     known = _may_be_taken(leaf) and -leaf.dim() <= dim < leaf.dim()
                     if not known or leaf.shape[dim] != batch:
                         raise ValueError(
-                            f"compact={dims!r}: argument {position} of the cell after the state "
-                            f"has a tensor of shape {tuple(leaf.shape)}, without {batch} samples "
-                            f"in dimension {dim}."
+                            f"compact={dims!r}: {which} of the cell after the state has a tensor "
+                            f"of shape {tuple(leaf.shape)}, without {batch} samples in dimension "
+                            f"{dim}."
                         )
                     taken[place] = dim % leaf.dim()
                 place += 1
         return taken
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(
+            f"the cell returned {described(value)}; with has_aux=True it returns (state, aux)."
+        )
+    return value
 
 
 def _may_be_taken(t: Any) -> bool:

@@ -41,7 +41,8 @@ class Compaction:
     ):
         self._f, self._packing, self._compact = f, packing, compact
         self._refusals = refusals
-        self._call = (getattr(f.cell, "training", None), packing.batch, len(f.arguments))
+        training = getattr(f.cell, "training", None)
+        self._call = (training, packing.batch, len(f.arguments), *f.keywords)
         self._taken: Taken | None = None
         # A residual that is judged with either value is then the same to a tenth of what decides,
         # or to the rounding of the map: some layers in the dtype of the rows, one rounding else.

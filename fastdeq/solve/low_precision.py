@@ -36,7 +36,7 @@ def has_low_precision(packing: Packing) -> bool:
     Raises:
         BackendError: float64 states, which autocast leaves as they are.
     """
-    if torch.float64 in packing.dtypes:
+    if packing.dtype == torch.float64:
         raise BackendError(
             "precision='mixed' evaluates a cell under autocast, which leaves float64 as it is; the "
             "state is float64. Use float32, or precision='auto'."

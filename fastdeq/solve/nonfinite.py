@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import cmath
 import dataclasses
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..cells import plain_tensor
-from ..samples import BatchDim, as_rows, batch_shape, resolve, spread
+from ..samples import BatchDim, as_rows, batch_shape, plain_tensor, resolve, spread
 from ..solution import Solution, Status, may_look
+from .state_tree import tensors_of
 
 
 def samples_of(x: Any, start: Any, batch_dim: BatchDim) -> tuple[int, ...] | None:
@@ -21,7 +22,7 @@ def samples_of(x: Any, start: Any, batch_dim: BatchDim) -> tuple[int, ...] | Non
     Behind other dimensions, x counts samples only with as many dimensions as the state: in x
     ``(T, n)`` the second one is not that of a state ``(T, B, d)``, whatever its size.
     """
-    parts = tuple(start) if isinstance(start, (tuple, list)) else (start,)
+    parts = tensors_of(start)
     if not isinstance(x, Tensor) or not parts or not all(isinstance(p, Tensor) for p in parts):
         return None  # the solve will say what is wrong with such a state
     dims, state = resolve(batch_dim, parts), parts[0]
@@ -35,7 +36,9 @@ def samples_of(x: Any, start: Any, batch_dim: BatchDim) -> tuple[int, ...] | Non
 def finite_samples(x: Any, dims: tuple[int, ...] = (0,)) -> tuple[Any, Tensor | None]:
     """x with non-finite samples zeroed, and which are finite ``(B,)``; None where it is known that
     all are, or x is no tensor with the batch dimensions ``dims``."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < len(dims):
+    if not isinstance(x, Tensor) or x.dim() < len(dims):
+        return x, None
+    if not (x.is_floating_point() or x.is_complex()):
         return x, None
     if x.layout is not torch.strided or x.is_nested:
         return x, None
@@ -68,10 +71,10 @@ def zeroed(state: Any, bad: Tensor, dims: tuple[int, ...]) -> Any:
     def zero(part: Tensor) -> Tensor:
         return torch.where(spread(bad, part, dims), 0.0, part)
 
-    return tuple(map(zero, state)) if isinstance(state, tuple) else zero(state)
+    return zero(state) if isinstance(state, Tensor) else tree_map(zero, state)
 
 
 def _is_surely_finite(x: Tensor) -> bool:
     """Whether all of x is finite, where that can be seen without waiting for a device."""
     # A sum is finite only where every entry is.
-    return x.device.type == "cpu" and may_look(x) and math.isfinite(x.detach().sum().item())
+    return x.device.type == "cpu" and may_look(x) and cmath.isfinite(x.detach().sum().item())

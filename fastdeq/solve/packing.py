@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.solve_common import working_dtype
 from ..samples import (
     CHANNELS_LAST,
     BatchDim,
@@ -21,6 +20,11 @@ from ..samples import (
     memory_order,
     resolve,
 )
+from .state_tree import StateTree, tensors_of
+
+_WIDE = frozenset((torch.float64, torch.complex128))
+#: Dtypes whose numbers are those of the rows.
+_NOT_CONVERTED = _WIDE | {torch.float32, torch.complex64}
 
 
 class ArgumentWrittenError(Exception):
@@ -34,24 +38,25 @@ class Packing:
     dimensions count samples, unless ``copies`` is set, as it must be for a map that changes its
     argument in place or returns the same memory each time to somebody who keeps it.
 
-    The example is a tensor or a tuple of them, floating point, on one device, whose dimensions
-    ``batch_dim`` have the same sizes; B is their product, and 1 where ``batch_dim`` is None. Rows
-    are float64 where a part is, else float32. A part has the memory format of the example: it is
-    contiguous, or in channels_last.
+    The example is a tensor or a pytree of them, floating point or complex, on one device, whose
+    dimensions ``batch_dim`` have the same sizes; B is their product, and 1 where ``batch_dim`` is
+    None or the state is of numbers without dimensions. Rows are float64 where a part is, else
+    float32; a complex part is there as pairs of real numbers, and 2-norms are the same. A part has
+    the memory format of the example: it is contiguous, or in channels_last.
 
     Raises:
         TypeError, ValueError: an example of another kind, with what it was.
     """
 
     def __init__(self, example: Any, batch_dim: BatchDim = 0):
-        self.is_tuple = isinstance(example, (tuple, list))
-        parts = tuple(example) if self.is_tuple else (example,)
-        if not parts or not all(isinstance(p, Tensor) for p in parts):
-            kinds = ", ".join(type(p).__name__ for p in parts)
-            raise TypeError(f"the state must be a tensor or a tuple of tensors, not ({kinds}).")
-        for p in parts:
-            if not p.is_floating_point():
-                raise TypeError(f"the state has dtype {p.dtype}; it must be real floating point.")
+        self._tree = StateTree(example)
+        parts = tensors_of(example)
+        self._pairs = [1 if p.is_floating_point() else 2 for p in parts]
+        for p, numbers in zip(parts, self._pairs, strict=True):
+            if numbers == 2 and not p.is_complex():
+                raise TypeError(
+                    f"the state has dtype {p.dtype}; it must be floating point or complex."
+                )
         self.dims = resolve(batch_dim, parts)
         if len({(batch_shape(p, self.dims), p.device) for p in parts}) > 1:
             seen = "; ".join(f"{tuple(p.shape)} on {p.device}" for p in parts)
@@ -64,22 +69,32 @@ class Packing:
         self.ndims = tuple(p.dim() for p in parts)
         self.dtypes = [p.dtype for p in parts]
         rest = [[n for d, n in enumerate(s) if d not in self.dims] for s in self.shapes]
-        self.sizes = [math.prod(sizes) for sizes in rest]
+        self.sizes = [math.prod(s) * n for s, n in zip(rest, self._pairs, strict=True)]
         #: Sizes of the parts in a row, where there are several.
         self.parts = self.sizes if len(self.sizes) > 1 else None
         self.device = parts[0].device
-        self.dtype = working_dtype(*parts)
+        wide = not _WIDE.isdisjoint(self.dtypes)
+        self.dtype = torch.float64 if wide else torch.float32
         self.copies = False
-        self._orders = [memory_order(p) if self.dims in ((), (0,)) else None for p in parts]
+        ordered = self.dims in ((), (0,))
+        self._orders = [
+            memory_order(p) if ordered and numbers == 1 else None
+            for p, numbers in zip(parts, self._pairs, strict=True)
+        ]
         self._formats = [
             torch.contiguous_format if order is None else CHANNELS_LAST[p.dim()]
             for p, order in zip(parts, self._orders, strict=True)
         ]
         #: Whether the first dimensions count samples, so that rows can be seen as states.
         self.is_leading = self.dims == tuple(range(len(self.dims)))
-        self._are_views = len(parts) == 1 and self.is_leading and self.dtypes[0] == self.dtype
+        self._are_views = len(parts) == 1 and self.is_leading and self.dtypes[0] in _NOT_CONVERTED
         # One tensor whose memory is that of its rows; and, where it is not its rows, their shape.
-        self._is_one = self._are_views and not self.is_tuple and self._orders[0] is None
+        self._is_one = (
+            self._are_views
+            and self._tree.is_tensor
+            and self._orders[0] is None
+            and self._pairs[0] == 1
+        )
         self._is_rows = self._is_one and self.ndims == (2,) and self.dims == (0,)
         self._rows_shape = (math.prod(batch_shape(parts[0], self.dims)), self.sizes[0])
 
@@ -105,10 +120,7 @@ class Packing:
     def parts_of(self, state: Any, what: str = "the cell") -> list[Tensor]:
         """The rows ``(B, n_p)`` of each part, in its own dtype; views where they can be. Raises as
         :meth:`pack`."""
-        parts = tuple(state) if isinstance(state, (tuple, list)) else (state,)
-        if not all(isinstance(p, Tensor) for p in parts):
-            kinds = ", ".join(type(p).__name__ for p in parts)
-            raise TypeError(f"{what} returned ({kinds}); a state of tensors is needed.")
+        parts = self._tree.parts_of(state, what)
         if [p.shape for p in parts] != self.shapes:
             got = [tuple(p.shape) for p in parts]
             raise ValueError(
@@ -126,13 +138,13 @@ class Packing:
             return rows if self._is_rows else rows.reshape(self.shapes[0])
         if self._are_views and not self.copies:
             whole = self._part_of(rows, 0)
-            return (whole,) if self.is_tuple else whole
+            return self._tree.of((whole,))
         split = rows.split(self.sizes, 1)
         parts = tuple(
             self._part_of(p, i).to(self.dtypes[i], copy=True, memory_format=self._formats[i])
             for i, p in enumerate(split)
         )
-        return parts if self.is_tuple else parts[0]
+        return self._tree.of(parts)
 
     def for_samples(self, count: int) -> Packing:
         """The same for so many samples, where one dimension counts them."""
@@ -150,16 +162,29 @@ class Packing:
             self._part_of(r, i).to(self.dtypes[i], memory_format=torch.preserve_format)
             for i, r in enumerate(rows)
         )
-        return parts if self.is_tuple else parts[0]
+        return self._tree.of(parts)
 
     def _rows_of(self, part: Tensor, i: int) -> Tensor:
         order = self._orders[i]
         if order is not None:  # in the order in which its entries lie in memory
             part = part.permute(order)
+        if self._pairs[i] == 2:
+            part = part if part.is_complex() else part.to(self.dtypes[i])
+            if self.parts is None:
+                part = torch.view_as_real(part.resolve_conj())
+            else:  # the gradient of a view would need pairs at even places of a row
+                part = torch.stack((part.real, part.imag), -1)
+        elif part.is_complex():
+            raise TypeError(
+                f"the cell returned {part.dtype} for a state in {self.dtypes[i]}; it takes a start "
+                "that is complex."
+            )
         return as_rows(part, self.dims)
 
     def _part_of(self, rows: Tensor, i: int) -> Tensor:
         order, shape = self._orders[i], self.shapes[i]
+        if self._pairs[i] == 2:
+            return _seen_as_complex(from_rows(rows, (*shape, 2), self.dims))
         if order is None:
             return from_rows(rows, shape, self.dims)
         part = from_rows(rows, [shape[d] for d in order], self.dims)
@@ -168,6 +193,14 @@ class Packing:
     def rowwise(self, f: Callable[[Any], Any]) -> RowMap:
         """``f`` on states as a map of rows."""
         return RowMap(self, f)
+
+
+def _seen_as_complex(pairs: Tensor) -> Tensor:
+    """``(..., 2)`` real as complex; a view where pairs lie together in memory."""
+    starts = (*pairs.stride()[:-1], pairs.storage_offset())
+    if pairs.stride(-1) != 1 or any(n % 2 for n in starts):
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(pairs)
 
 
 @dataclass(frozen=True, eq=False)

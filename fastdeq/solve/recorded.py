@@ -1,12 +1,18 @@
-"""What a layer remembers between calls: its solutions, and which maps it saw to be independent."""
+"""What a layer remembers between calls: its solutions, how to solve, and which maps it saw to be
+independent."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..cells import AffineCell
+from ..options import Options
 from ..solution import Solution
+from ..solvers import Structure
 from .checked_maps import CheckedMaps
 from .record import OnSolution, Record, check_watching, new_record
 from .spec import Specs
@@ -16,6 +22,7 @@ class Recorded(nn.Module):
     """A module with a record of its solves, which copies, pickles and replicas start anew."""
 
     cell: Any
+    options: Options
     keep_solutions: int
     on_solution: OnSolution | None
     _specs: Specs | None = None
@@ -27,6 +34,29 @@ class Recorded(nn.Module):
         self.keep_solutions, self.on_solution = check_watching(keep_solutions, on_solution)
         self._record = new_record(self.keep_solutions, self.on_solution)
         self._checked = CheckedMaps()
+
+    def _plain(self) -> bool:
+        return isinstance(self.cell, AffineCell) and self.cell.is_plain()
+
+    def _structure(self) -> Structure:
+        if not self._plain():
+            return Structure()
+        structure: Structure = self.cell.structure()
+        return dataclasses.replace(structure, affine=False)  # not solved as one here
+
+    def _specs_for(self, structure: Structure) -> Specs:
+        """How to solve a map of ``structure``: made once, for as long as cell and options stay."""
+        if torch.compiler.is_compiling():
+            return Specs(self.options, structure)
+        found = self._specs
+        if (
+            found is None
+            or found.options is not self.options
+            or (found.structure is not structure and found.structure != structure)
+        ):
+            found = self._specs = Specs(self.options, structure)
+        self._record.on_failure = self.options.on_failure
+        return found
 
     @property
     def last_solution(self) -> Solution | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops.solve_common import expanded_zeros
 from ..samples import BatchDim, batch_shape, resolve
 from ..solvers.picard import CERTIFIED
+from .state_tree import tensors_of
 
 #: What a cell, or the solve, raises for a start that does not fit; their subclasses mean other
 #: things (a failed solve, coupled samples, no memory).
@@ -45,9 +46,9 @@ def check_start(solver: Any) -> None:
 def refuse_batch_dim(batch_dim: BatchDim) -> None:
     """Raises ValueError for a dimension that is not that of an affine cell's samples."""
     raise ValueError(
-        f"batch_dim={batch_dim}, but the state of an AffineCell is (B, features): its rows are the "
-        "samples, so leave batch_dim at 0. A cell whose rows depend on each other is a module of "
-        "your own."
+        f"batch_dim={batch_dim}, but the state of an AffineCell is (B, features), or "
+        "(..., features): each vector is a sample, so leave batch_dim at 0. A cell whose vectors "
+        "depend on each other is a module of your own."
     )
 
 
@@ -81,7 +82,7 @@ def other_shapes(z0: Any, default: Any) -> str | None:
 def unlike_input(z0: Any, x: Any, batch_dim: BatchDim, error: Exception) -> str | None:
     """How z0 differs from the tensor x in what a cell often needs to be the same: the number of
     samples, the dtype, the device; None where it does not. ``error`` was raised with them."""
-    parts = _parts(z0)
+    parts = tensors_of(z0)
     if not isinstance(x, Tensor) or not all(isinstance(p, Tensor) for p in parts):
         return None
     advice = []
@@ -100,12 +101,8 @@ def unlike_input(z0: Any, x: Any, batch_dim: BatchDim, error: Exception) -> str 
     )
 
 
-def _parts(state: Any) -> tuple[Any, ...]:
-    return tuple(state) if isinstance(state, (tuple, list)) else (state,)
-
-
 def _shapes(state: Any) -> list[Any]:
-    return [getattr(p, "shape", None) for p in _parts(state)]
+    return [getattr(p, "shape", None) for p in tensors_of(state)]
 
 
 def _samples(t: Tensor, batch_dim: BatchDim) -> tuple[int, ...] | None:
@@ -122,5 +119,5 @@ def _described(state: Any) -> str:
             return type(part).__name__
         return f"{tuple(part.shape)} {part.dtype} on {part.device}"
 
-    parts = [one(p) for p in _parts(state)]
-    return parts[0] if not isinstance(state, (tuple, list)) else f"({'; '.join(parts)})"
+    parts = [one(p) for p in tensors_of(state)]
+    return parts[0] if isinstance(state, Tensor) else f"({'; '.join(parts)})"

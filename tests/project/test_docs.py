@@ -63,6 +63,15 @@ def test_the_error_that_a_residual_stands_for(tmp_path):
     assert 0.9 < 100 - float(value) < 1.01  # an error of 1e-2
 
 
+def test_examples_of_states_and_arguments_run_as_printed(tmp_path):
+    printed = run("".join(examples("docs/states.md")), tmp_path)
+    assert printed.splitlines() == [
+        "torch.Size([8, 4]) torch.Size([8])",
+        "torch.Size([2, 3, 5]) torch.Size([6])",
+        "torch.Size([5])",
+    ]
+
+
 def test_recipes_for_loops_and_recurrences(tmp_path):
     recipes = [e for e in examples("docs/usage.md") if "keep_solutions" in e]
     assert len(recipes) == 2

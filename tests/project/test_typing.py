@@ -51,6 +51,12 @@ z, s = fixed_point(nn.Linear(3, 3), torch.zeros(2, 3))
 both, s = fixed_point(pair, (torch.zeros(3, 1), torch.zeros(3, 1)), backend="reference")
 assert_type(both, Pair)
 
+def energetic(z: Tensor) -> tuple[Tensor, float]:
+    return 0.5 * z, 2.0
+
+
+(z, energy), s = fixed_point(energetic, torch.zeros(3, 1), has_aux=True, randomness="same")
+assert_type(energy, float)
 cell = AffineCell(3, 4, scale=0.9)
 layer = DEQLayer(cell, solver=Anderson(window=8), adjoint=GMRES(), on_failure="raise")
 x = torch.zeros(2, 3)
@@ -58,6 +64,7 @@ assert_type(layer(x), Any)
 assert_type(layer(x, z0=None), Any)
 assert_type(layer(x, z0=torch.zeros(2, 4)), Tensor)
 general = DEQLayer(lambda z, x: pair(z))
+general(x=x, z0=(torch.zeros(2, 4), torch.zeros(2, 4)))
 for batch_dim in (None, 1, -1, (0, 1)):
     DEQLayer(lambda z, x: z, batch_dim=batch_dim)
 z, s = fixed_point(torch.cos, torch.zeros(()), batch_dim=None)
@@ -81,6 +88,7 @@ WRONG = (
     ("DEQLayer(cell, gradient=Phantom(tau=0.5))", '"tau"'),
     ('DEQLayer(cell, precision="float16")', "Literal['float16']"),
     ('DEQLayer(cell, backend="cpu")', "Literal['cpu']"),
+    ('DEQLayer(cell, randomness="fixed")', "Literal['fixed']"),
     ('DEQLayer(cell, on_failure="warning")', "Literal['warning']"),
     ('DEQLayer(cell, max_iter="7")', 'expected "int"'),
     ('DEQLayer(cell, batch_dim="0")', 'expected "int | tuple[int, ...] | None"'),
@@ -144,6 +152,7 @@ def test_each_wrong_call_is_an_error_at_its_line(tmp_path, monkeypatch):
         (options.Precision, solve_options.PRECISIONS),
         (options.Backend, choose.BACKENDS),
         (options.OnFailure, failure.ON_FAILURE),
+        (options.Randomness, options.RANDOMNESS),
     ],
 )
 def test_the_types_name_what_is_valid(literal, names):
