@@ -33,10 +33,10 @@ class DEQLayer(Recorded):
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
             returns a state like z (a tensor or a tuple of them) and treats samples independently.
             It may define ``initial_state(x)``.
-        solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
-            object such as ``Anderson(window=8)``.
+        solver: "auto", "picard", "anderson", "broyden", "heavy_ball", "energy" (symmetric cells),
+            or an object such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
-            "picard", "heavy_ball", "minres" (symmetric cells), or an object.
+            "picard", "broyden", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap).
         batch_dim: which dimension of the state counts samples, the same in each of its parts: an

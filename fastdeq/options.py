@@ -21,8 +21,10 @@ from .solvers.solve_options import PRECISIONS
 
 #: A state: what a map takes and returns, a tensor or a tuple of them.
 State = TypeVar("State")
-SolverName = Literal["auto", "picard", "anderson", "heavy_ball", "energy"]
-AdjointName = Literal["auto", "picard", "anderson", "heavy_ball", "neumann", "gmres", "minres"]
+SolverName = Literal["auto", "picard", "anderson", "broyden", "heavy_ball", "energy"]
+AdjointName = Literal[
+    "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "minres"
+]
 Precision = Literal["auto", "float32", "mixed"]
 Gradient = Literal["implicit", "one_step"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)

@@ -6,6 +6,7 @@ from ..errors import check_choice
 from .anderson import Anderson
 from .auto import automatic
 from .base import Solver, Step, Structure
+from .broyden import Broyden
 from .energy import Energy
 from .gmres import GMRES
 from .heavy_ball import HeavyBall
@@ -14,7 +15,16 @@ from .neumann import Neumann
 from .picard import Picard
 from .solve_options import SolveOptions
 
-_ALL: tuple[type[Solver], ...] = (Picard, Anderson, HeavyBall, Energy, Neumann, GMRES, MINRES)
+_ALL: tuple[type[Solver], ...] = (
+    Picard,
+    Anderson,
+    Broyden,
+    HeavyBall,
+    Energy,
+    Neumann,
+    GMRES,
+    MINRES,
+)
 SOLVERS: dict[str, type[Solver]] = {s.name: s for s in _ALL}
 FORWARD = tuple(name for name, s in SOLVERS.items() if not s.linear)
 ADJOINT = tuple(name for name in SOLVERS if name != "energy")  # which descends on a forward energy
@@ -84,6 +94,7 @@ __all__ = [
     "MINRES",
     "SOLVERS",
     "Anderson",
+    "Broyden",
     "Energy",
     "HeavyBall",
     "Neumann",

@@ -43,6 +43,7 @@ class SolveOptions:
     safeguard: float = 0.0
     accelerate_above: float = 0.0
     restart: int = 0
+    memory: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

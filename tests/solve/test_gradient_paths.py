@@ -38,7 +38,7 @@ def test_adjoint_that_fails_is_reported():
 
 
 @pytest.mark.parametrize("path", ["fused", "general"])
-@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson"])
+@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson", "broyden"])
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
 def test_gradient_is_as_good_for_tiny_and_huge_losses(path, adjoint, size):
     """A mean over a large batch sends tiny gradients; the stop test must not take them for zero."""
