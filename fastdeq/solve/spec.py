@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.choose import Request, check_device, require_engine
+from ..backends.choose import PLAIN_PYTORCH, Request, check_device, require_engine
 from ..backends.device import gpu_of
+from ..errors import BackendError
 from ..ops import anderson_mix
 from ..ops.pack_weight import reads_triangle
 from ..ops.solve_common import Outputs, expanded_zeros, working_dtype
@@ -133,6 +134,11 @@ class SolveSpec:
         if _has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
+        if self.options.kind != "II" and self.backend not in ("auto", "reference"):
+            raise BackendError(
+                f"backend={self.backend!r} is not available for this {self.what}: {PLAIN_PYTORCH}. "
+                "Available here: 'auto', 'reference'."
+            )
         compiled = self.is_compiled(start)
         first, follow, finish = _followed(f, first, own_memory=not compiled)
         if compiled:

@@ -44,6 +44,7 @@ class SolveOptions:
     accelerate_above: float = 0.0
     restart: int = 0
     memory: int = 0
+    kind: str = "II"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

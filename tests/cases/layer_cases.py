@@ -6,6 +6,7 @@ import torch
 from fastdeq import AffineCell, Anderson, Broyden, Picard
 
 SOLVERS = [Picard(), Anderson(), Anderson(window=1), Broyden(), Broyden(memory=1)]
+SOLVERS += [Anderson(kind="I")]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 
 

@@ -8,7 +8,13 @@ import torch
 from fastdeq import GMRES, Anderson, Broyden, Neumann, Picard, Status, fixed_point
 
 FORWARD = [Picard(), Picard(damping=0.7), Anderson(), Anderson(window=1), Anderson(damping=0.8)]
-FORWARD += [Broyden(), Broyden(memory=1), Broyden(damping=0.8)]
+FORWARD += [
+    Anderson(kind="I"),
+    Anderson(kind="I", damping=0.8),
+    Broyden(),
+    Broyden(memory=1),
+    Broyden(damping=0.8),
+]
 ADJOINT = ["neumann", "gmres", "anderson", "picard", "broyden"]
 TIGHT = {"tol": 1e-12, "max_iter": 2000}
 
