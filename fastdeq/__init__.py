@@ -12,7 +12,7 @@ from .failure import ConvergenceError, ConvergenceWarning
 from .functional import fixed_point
 from .layer import DEQLayer
 from .solution import Solution, Status
-from .solvers import GMRES, MINRES, Anderson, Broyden, Energy, HeavyBall, Neumann, Picard
+from .solvers import GMRES, MINRES, Anderson, BiCGStab, Broyden, Energy, HeavyBall, Neumann, Picard
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "AffineCell",
     "Anderson",
     "BackendError",
+    "BiCGStab",
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",

@@ -35,8 +35,8 @@ class DEQLayer(Recorded):
             It may define ``initial_state(x)``.
         solver: "auto", "picard", "anderson", "broyden", "heavy_ball", "energy" (symmetric cells),
             or an object such as ``Anderson(window=8)``.
-        adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
-            "picard", "broyden", "heavy_ball", "minres" (symmetric cells), or an object.
+        adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "bicgstab",
+            "anderson", "picard", "broyden", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap).
         batch_dim: which dimension of the state counts samples, the same in each of its parts: an

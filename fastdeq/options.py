@@ -23,7 +23,7 @@ from .solvers.solve_options import PRECISIONS
 State = TypeVar("State")
 SolverName = Literal["auto", "picard", "anderson", "broyden", "heavy_ball", "energy"]
 AdjointName = Literal[
-    "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "minres"
+    "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "bicgstab", "minres"
 ]
 Precision = Literal["auto", "float32", "mixed"]
 Gradient = Literal["implicit", "one_step"]

@@ -6,6 +6,7 @@ from ..errors import check_choice
 from .anderson import Anderson
 from .auto import automatic
 from .base import Solver, Step, Structure
+from .bicgstab import BiCGStab
 from .broyden import Broyden
 from .energy import Energy
 from .gmres import GMRES
@@ -23,6 +24,7 @@ _ALL: tuple[type[Solver], ...] = (
     Energy,
     Neumann,
     GMRES,
+    BiCGStab,
     MINRES,
 )
 SOLVERS: dict[str, type[Solver]] = {s.name: s for s in _ALL}
@@ -94,6 +96,7 @@ __all__ = [
     "MINRES",
     "SOLVERS",
     "Anderson",
+    "BiCGStab",
     "Broyden",
     "Energy",
     "HeavyBall",

@@ -1,15 +1,16 @@
 """Broyden's "good" method with a limited memory, each sample on its own.
 
     g = f(z) - z   residual, whose root is sought
-    H              approximation of the inverse Jacobian of g, H = -I + sum_i u_i v_i^T
+    H              approximation of the inverse Jacobian of g, H = -tau I + sum_i u_i v_i^T
     s = z - z_-    the last step, y = g - g_- the change of the residual that it made, both over |s|
     v = H^T s,     u = (s - H y) / (v^T y),     z_+ = z - H_+ g
 
-With H = -I the step is the plain one, so an empty memory is plain iteration. A step takes the
-products of H with g and y, and of its transpose with s: 6 m n multiply-adds, in four reads of the
-memory. A full memory is emptied but for the pair that is added: on tanh cells, linear programs and
-ill-conditioned linear maps that converges more often and sooner than replacing the oldest pair,
-without which the others say something else than they did.
+With H = -I the step is the plain one. The first pair makes ``tau = 1 / max(1, |s^T y|)``: where
+plain steps overshoot, as those of an f with slopes far below -1 do, steps along other directions
+are shorter. A step takes the products of H with g and y, and of its transpose with s: 6 m n
+multiply-adds, in four reads of the memory. A full memory is emptied but for the pair that is added:
+on tanh cells, linear programs and ill-conditioned linear maps that converges more often and sooner
+than replacing the oldest pair, without which the others say something else than they did.
 
 A step that raises the residual too much is taken back, and what it showed of the Jacobian is kept:
 the next step from the same point is another one. Forgetting everything instead, as Anderson
@@ -47,6 +48,7 @@ class _State:
     count: Tensor  # (B,) int32: pairs in use, the most recent ones
     slot: int
     fresh: bool
+    scale: Tensor  # (B,): tau
     point: Tensor  # (B, n): the last point that was not taken back
     residual: Tensor  # (B, n): g there
     norm: Tensor  # (B,): |g| there
@@ -55,11 +57,11 @@ class _State:
     damped: Tensor
 
 
-def _times(used: Tensor, first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
+def _times(used: Tensor, scale: Tensor, first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
     """H, or its transpose, times rows ``(B, n, k)``; pairs outside ``used`` ``(B, m, 1)`` do not
     count, whatever finite numbers they hold."""
     weights = torch.where(used, torch.bmm(first, rows), 0.0)
-    return torch.baddbmm(rows, second.transpose(1, 2), weights, beta=-1)
+    return torch.baddbmm(scale[:, None, None] * rows, second.transpose(1, 2), weights, beta=-1)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Broyden(CheckedOptions):
             count=zeros,
             slot=0,
             fresh=True,
+            scale=point.new_ones(batch),
             point=point,
             residual=point,
             norm=point.new_full((batch,), torch.inf),
@@ -143,8 +146,12 @@ class Broyden(CheckedOptions):
         # Divided by |s|, squares stay within the dtype's range; s = 0 makes NaN, which is not kept.
         length = torch.linalg.vector_norm(s, dim=1, keepdim=True, dtype=torch.float64).to(s.dtype)
         s, y = s / length, y / length
-        hg, hy = _times(used, state.right, state.left, torch.stack((g, y), 2)).unbind(2)
-        v = _times(used, state.left, state.right, s.unsqueeze(2)).squeeze(2)
+        # An empty memory begins with steps no longer than the plain one along s may be.
+        scale = (s * y).sum(1).abs().clamp(min=1).reciprocal()
+        scale = state.scale = torch.where(state.count > 0, state.scale, scale)
+        left, right = state.left, state.right
+        hg, hy = _times(used, scale, right, left, torch.stack((g, y), 2)).unbind(2)
+        v = _times(used, scale, left, right, s.unsqueeze(2)).squeeze(2)
         gamma = (v * y).sum(1)
         small = gamma.abs() < LEAST_RATIO
         theta = torch.where(small, (1 - LEAST_RATIO) / (1 - gamma), 1.0)

@@ -226,7 +226,9 @@ def _peak_bytes(run):
 
 
 @pytest.mark.parametrize("path", ["fused", "general"])
-@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson", Broyden(5)], ids=str)
+@pytest.mark.parametrize(
+    "adjoint", ["neumann", "gmres", "bicgstab", "anderson", Broyden(5)], ids=str
+)
 def test_memory_does_not_grow_with_the_iterations(path, adjoint):
     # A rotation by a third of a turn with |W| = 1: plain and accelerated steps go on to the limit.
     size, steps = 128, {}
