@@ -12,7 +12,18 @@ from .failure import ConvergenceError, ConvergenceWarning
 from .functional import fixed_point
 from .layer import DEQLayer
 from .solution import Solution, Status
-from .solvers import GMRES, MINRES, Anderson, BiCGStab, Broyden, Energy, HeavyBall, Neumann, Picard
+from .solvers import (
+    GMRES,
+    MINRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    Energy,
+    HeavyBall,
+    Neumann,
+    NewtonKrylov,
+    Picard,
+)
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
@@ -49,6 +60,7 @@ __all__ = [
     "ExtensionWarning",
     "HeavyBall",
     "Neumann",
+    "NewtonKrylov",
     "Orthogonal",
     "OrthogonalMap",
     "Picard",

@@ -21,7 +21,9 @@ from .solvers.solve_options import PRECISIONS
 
 #: A state: what a map takes and returns, a tensor or a tuple of them.
 State = TypeVar("State")
-SolverName = Literal["auto", "picard", "anderson", "broyden", "heavy_ball", "energy"]
+SolverName = Literal[
+    "auto", "picard", "anderson", "broyden", "heavy_ball", "newton_krylov", "energy"
+]
 AdjointName = Literal[
     "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "bicgstab", "minres"
 ]

@@ -48,11 +48,12 @@ class Arnoldi:
 
     @property
     def dimension(self) -> int:
-        return self.basis.shape[1] - 1
+        return int(self.basis.shape[1]) - 1
 
     def estimate(self) -> Tensor:
         """The residual norms ``(B,)`` of the least-squares problems."""
-        return self.beta / self.null.norm(dim=1)
+        length: Tensor = self.null.norm(dim=1)
+        return self.beta / length
 
     def vectors(self) -> Tensor:
         """The newest basis vectors ``(B, n)``."""

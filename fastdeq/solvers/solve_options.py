@@ -45,6 +45,7 @@ class SolveOptions:
     restart: int = 0
     memory: int = 0
     kind: str = "II"
+    difference: float = 0.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

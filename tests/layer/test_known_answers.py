@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from fastdeq import GMRES, Anderson, BiCGStab, Broyden, Neumann, Picard, Status, fixed_point
+from fastdeq import (
+    GMRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    Neumann,
+    NewtonKrylov,
+    Picard,
+    Status,
+    fixed_point,
+)
 
 FORWARD = [Picard(), Picard(damping=0.7), Anderson(), Anderson(window=1), Anderson(damping=0.8)]
 FORWARD += [
@@ -14,6 +24,7 @@ FORWARD += [
     Broyden(),
     Broyden(memory=1),
     Broyden(damping=0.8),
+    NewtonKrylov(),
 ]
 ADJOINT = ["neumann", "gmres", "anderson", "picard", "broyden", "bicgstab"]
 TIGHT = {"tol": 1e-12, "max_iter": 2000}

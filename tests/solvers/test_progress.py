@@ -155,7 +155,7 @@ def test_a_sample_whose_norms_still_fall_is_not_given_up():
     assert run(20).iterations.item() > 500
 
 
-PART_SOLVERS = ("picard", "anderson", "broyden", "auto")
+PART_SOLVERS = ("picard", "anderson", "broyden", "newton_krylov", "auto")
 
 
 @pytest.mark.parametrize("solver", PART_SOLVERS)
