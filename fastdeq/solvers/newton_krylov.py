@@ -113,6 +113,8 @@ class NewtonKrylov(CheckedOptions):
         self, state: _State, point: Tensor, value: Tensor, norm: Tensor, running: Tensor
     ) -> Step:
         space, finite = state.space, norm.isfinite()
+        # The loop's norm may be rounded in another way where another sample is not finite.
+        norm = torch.linalg.vector_norm(value - point, dim=1, dtype=torch.float64).to(norm.dtype)
         trial = space.step < 0
         if not bool(trial.all()):
             slope = (value - state.value) / state.width
