@@ -80,7 +80,7 @@ class Arnoldi:
         basis = self.basis[:, : self.used + 1]  # columns beyond a sample's own step are zero
         column = w.new_zeros(len(w), self.used + 1)
         for _ in range(2):  # classical Gram-Schmidt twice: orthogonal to machine precision
-            projection = torch.bmm(basis, w.unsqueeze(2)).squeeze(2)
+            projection = torch.bmm(w.unsqueeze(1), basis.transpose(1, 2)).squeeze(1)
             w = w - torch.bmm(projection.unsqueeze(1), basis).squeeze(1)
             column = column + projection
         length = w.norm(dim=1)
