@@ -13,7 +13,18 @@ from .functional import fixed_point
 from .gradients import Phantom, Reversible, Truncated, Unrolled
 from .layer import DEQLayer
 from .solution import Solution, Status
-from .solvers import GMRES, MINRES, Anderson, Energy, HeavyBall, Neumann, Picard
+from .solvers import (
+    GMRES,
+    MINRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    Energy,
+    HeavyBall,
+    Neumann,
+    NewtonKrylov,
+    Picard,
+)
 from .trajectory import trajectory
 from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
@@ -43,6 +54,8 @@ __all__ = [
     "AffineCell",
     "Anderson",
     "BackendError",
+    "BiCGStab",
+    "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
     "CoupledSamplesError",
@@ -52,6 +65,7 @@ __all__ = [
     "ExtensionWarning",
     "HeavyBall",
     "Neumann",
+    "NewtonKrylov",
     "Orthogonal",
     "OrthogonalMap",
     "Phantom",

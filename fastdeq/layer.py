@@ -46,10 +46,10 @@ class DEQLayer(Recorded):
         cell: an :class:`AffineCell`, which is fused, or any module or function ``cell(z, x)`` that
             returns a state like z (a tensor or a structure of them, real or complex) and treats
             samples independently. It may define ``initial_state(x)``.
-        solver: "auto", "picard", "anderson", "heavy_ball", "energy" (symmetric cells), or an
-            object such as ``Anderson(window=8)``.
-        adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "anderson",
-            "picard", "heavy_ball", "minres" (symmetric cells), or an object.
+        solver: "auto", "picard", "anderson", "broyden", "newton_krylov", "heavy_ball", "energy"
+            (symmetric cells), or an object such as ``Anderson(window=8)``.
+        adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "bicgstab",
+            "anderson", "picard", "broyden", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
             gradient of one application of the cell, biased and cheap); "phantom", "truncated",
             "unrolled", "reversible", or an object such as ``Phantom(steps=5, damping=0.5)``, which

@@ -24,8 +24,12 @@ from .solvers.solve_options import PRECISIONS
 
 #: A state: what a map takes and returns, a tensor or a structure of them.
 State = TypeVar("State")
-SolverName = Literal["auto", "picard", "anderson", "heavy_ball", "energy"]
-AdjointName = Literal["auto", "picard", "anderson", "heavy_ball", "neumann", "gmres", "minres"]
+SolverName = Literal[
+    "auto", "picard", "anderson", "broyden", "heavy_ball", "newton_krylov", "energy"
+]
+AdjointName = Literal[
+    "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "bicgstab", "minres"
+]
 Precision = Literal["auto", "float32", "mixed"]
 #: Whether the evaluations of one solve and its gradient draw different random numbers, or the same.
 Randomness = Literal["different", "same"]

@@ -19,7 +19,8 @@ from .compaction import Compaction
 from .eager import Eagerly
 from .low_precision import Latest, full_part, has_low_precision, in_bfloat16, low_part, together
 from .packing import ArgumentWrittenError, Packing
-from .spec import Map, Report, SolveSpec, Specs, has_no_numbers, with_evaluations
+from .shapes_only import has_no_numbers
+from .spec import Map, Report, SolveSpec, Specs, with_evaluations
 from .unfinished import NOT_TOLD_APART, Unfinished
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.choose import Request, check_device, require_engine
+from ..backends.choose import PLAIN_PYTORCH, Request, check_device, require_engine
 from ..backends.device import gpu_of
+from ..errors import BackendError
 from ..ops import anderson_mix, gmres_step
 from ..ops.pack_weight import reads_triangle
 from ..ops.solve_common import Outputs, expanded_zeros, working_dtype
@@ -24,6 +25,7 @@ from ..solvers import SolveOptions, Solver, Structure, resolve
 from ..solvers.loop import Follow, finite_rows, solve
 from .iteration import is_compiled, iterate
 from .packed import PackedWeight
+from .shapes_only import has_no_numbers, is_traced
 from .trend import Traced
 from .unfinished import Unfinished
 
@@ -110,7 +112,7 @@ class SolveSpec:
         operator = torch.ops.fastdeq.solve_affine_adjoint.default
         tensors = (weight, slope, grad, packed, self.bitwise_symmetric)
         outputs = operator(*tensors, engine, *self.arguments)
-        if not _is_traced(outputs[0]):  # a traced backward pass may not touch the layer
+        if not is_traced(outputs[0]):  # a traced backward pass may not touch the layer
             report(self.solution(outputs))
         q: Tensor = outputs[0]
         return q
@@ -134,6 +136,11 @@ class SolveSpec:
         if has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
+        if self.options.kind != "II" and self.backend not in ("auto", "reference"):
+            raise BackendError(
+                f"backend={self.backend!r} is not available for this {self.what}: {PLAIN_PYTORCH}. "
+                "Available here: 'auto', 'reference'."
+            )
         compiled = self.is_compiled(start)
         first, follow, finish = _followed(f, first, own_memory=not compiled)
         if compiled:
@@ -215,27 +222,6 @@ def _followed(
         return first, None, lambda solution: solution
     f.own_memory = own_memory
     return f.first(first), f.follow, f.counted
-
-
-def _is_traced(rows: Tensor) -> bool:
-    """Whether rows stand for others in a graph that is being recorded."""
-    if torch.compiler.is_compiling():
-        return True
-    if type(rows) is Tensor:
-        return False
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # slow to import
-
-    return get_proxy_mode() is not None
-
-
-def has_no_numbers(rows: Tensor) -> bool:
-    """Whether rows are fake or on the meta device. Not while a graph is recorded, which has to
-    contain the iteration."""
-    if type(rows) is Tensor or _is_traced(rows):
-        return rows.device.type == "meta"
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(rows, FakeTensor) or rows.device.type == "meta"
 
 
 class Specs:

@@ -6,18 +6,33 @@ from ..errors import check_choice
 from .anderson import Anderson
 from .auto import automatic
 from .base import Solver, Step, Structure
+from .bicgstab import BiCGStab
+from .broyden import Broyden
 from .energy import Energy
 from .gmres import GMRES
 from .heavy_ball import HeavyBall
 from .minres import MINRES
 from .neumann import Neumann
+from .newton_krylov import NewtonKrylov
 from .picard import Picard
 from .solve_options import SolveOptions
 
-_ALL: tuple[type[Solver], ...] = (Picard, Anderson, HeavyBall, Energy, Neumann, GMRES, MINRES)
+_ALL: tuple[type[Solver], ...] = (
+    Picard,
+    Anderson,
+    Broyden,
+    HeavyBall,
+    NewtonKrylov,
+    Energy,
+    Neumann,
+    GMRES,
+    BiCGStab,
+    MINRES,
+)
 SOLVERS: dict[str, type[Solver]] = {s.name: s for s in _ALL}
 FORWARD = tuple(name for name, s in SOLVERS.items() if not s.linear)
-ADJOINT = tuple(name for name in SOLVERS if name != "energy")  # which descends on a forward energy
+_NONLINEAR = ("energy", "newton_krylov")  # descends on a forward energy; is GMRES where f is affine
+ADJOINT = tuple(name for name in SOLVERS if name not in _NONLINEAR)
 _INSIDE = ("energy", "minres")  # look inside an affine cell
 
 
@@ -69,9 +84,9 @@ def named(solver: str | Solver, *, adjoint: bool) -> Solver:
             f"solver {solver.name!r} solves linear systems only; valid choices: "
             f"{', '.join(map(repr, FORWARD))}."
         )
-    if adjoint and solver.name == "energy":
+    if adjoint and solver.name in _NONLINEAR:
         raise ValueError(
-            f"solver 'energy' solves forward problems only; valid choices: "
+            f"solver {solver.name!r} solves forward problems only; valid choices: "
             f"{', '.join(map(repr, ADJOINT))}."
         )
     return solver
@@ -84,9 +99,12 @@ __all__ = [
     "MINRES",
     "SOLVERS",
     "Anderson",
+    "BiCGStab",
+    "Broyden",
     "Energy",
     "HeavyBall",
     "Neumann",
+    "NewtonKrylov",
     "Picard",
     "SolveOptions",
     "Solver",

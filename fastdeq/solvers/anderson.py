@@ -1,8 +1,8 @@
-"""Anderson acceleration, type II, with each sample on its own and never a singular solve.
+"""Anderson acceleration, with each sample on its own and never a singular solve.
 
     window w    past differences used; the ring buffer has m = w + 1 slots
     g = f(z)-z  residual
-    gamma       argmin |g_k - sum gamma_i (g_k - g_i)|, from ops.anderson_mix
+    gamma       argmin |g_k - sum gamma_i (g_k - g_i)|, from ops.anderson_mix; type I: see there
 
 A step is taken back when the residual it leads to is too large or not finite: the sample returns to
 the last point it trusted, takes the plain step from there, and goes on with plain steps until a
@@ -24,7 +24,11 @@ import torch
 from torch import Tensor
 
 from ..constants import GROW_AFTER, GROW_EVERY, PATIENCE
+from ..errors import check_choice
+from .anderson_type_one import mix_type_one
 from .base import CheckedOptions, Problem, Step, check_integer, check_range
+
+KINDS = ("II", "I")
 
 
 @dataclass
@@ -65,6 +69,8 @@ class Anderson(CheckedOptions):
         first_window: past differences used in the first 12 updates; then one more every third
             update, up to ``window``: easy problems pay for a short history and hard ones get a long
             one. 0: ``window`` from the start.
+        kind: "II", whose coefficients make the residual least; or "I", those of the multi-secant
+            method of Broyden's "good" family, in plain PyTorch alone.
     """
 
     window: int = 5
@@ -75,6 +81,7 @@ class Anderson(CheckedOptions):
     safeguard: float = 2.0
     accelerate_above: float = 0.0
     first_window: int = 0
+    kind: str = "II"
 
     name: ClassVar[str] = "anderson"
     linear: ClassVar[bool] = False
@@ -83,6 +90,7 @@ class Anderson(CheckedOptions):
     rejects: ClassVar[tuple[str, ...]] = ("safeguard", "weight_cap", "rank_cut")
 
     def __post_init__(self) -> None:
+        check_choice(self.kind, KINDS, "kind")
         inf = float("inf")
         window = check_integer("Anderson", "window", self.window, 1, 1000)
         object.__setattr__(self, "window", window)
@@ -100,7 +108,7 @@ class Anderson(CheckedOptions):
         slots = self.window + 1
         zeros = torch.zeros(batch, dtype=torch.int32, device=point.device)
         return _State(
-            mix=problem.anderson_mix,
+            mix=problem.anderson_mix if self.kind == "II" else mix_type_one,
             f_history=point.new_zeros(batch, slots, size),
             g_history=point.new_zeros(batch, slots, size),
             gram=point.new_zeros(batch, slots, slots, dtype=torch.float64),

@@ -44,6 +44,9 @@ class SolveOptions:
     accelerate_above: float = 0.0
     min_iter: int = 0
     restart: int = 0
+    memory: int = 0
+    kind: str = "II"
+    difference: float = 0.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

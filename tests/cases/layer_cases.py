@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastdeq import AffineCell, Anderson, Picard
+from fastdeq import AffineCell, Anderson, Broyden, NewtonKrylov, Picard
 
-SOLVERS = [Picard(), Anderson(), Anderson(window=1)]
+SOLVERS = [Picard(), Anderson(), Anderson(window=1), Broyden(), Broyden(memory=1)]
+SOLVERS += [Anderson(kind="I"), NewtonKrylov()]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 
 

@@ -13,8 +13,9 @@ _TYPES = {"str": ctypes.c_int8, "float": ctypes.c_double, "int": ctypes.c_int32}
 _TYPES |= {"bool": ctypes.c_bool}
 # The enumerators of Solver and Precision there.
 _SOLVERS = {"picard": 0, "neumann": 0, "anderson": 1, "heavy_ball": 2, "energy": 3, "minres": 4}
-# GMRES, whose option it is, is a solver of Python alone.
-FIELDS = tuple(f for f in dataclasses.fields(SolveOptions) if f.name != "restart")
+# Options of solvers that are in Python alone.
+PYTHON_ALONE = ("restart", "memory", "kind", "difference")
+FIELDS = tuple(f for f in dataclasses.fields(SolveOptions) if f.name not in PYTHON_ALONE)
 
 
 class NativeOptions(ctypes.Structure):

@@ -5,10 +5,28 @@ import math
 import pytest
 import torch
 
-from fastdeq import GMRES, Anderson, Neumann, Picard, Status, fixed_point
+from fastdeq import (
+    GMRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    Neumann,
+    NewtonKrylov,
+    Picard,
+    Status,
+    fixed_point,
+)
 
 FORWARD = [Picard(), Picard(damping=0.7), Anderson(), Anderson(window=1), Anderson(damping=0.8)]
-ADJOINT = ["neumann", "gmres", "anderson", "picard"]
+FORWARD += [
+    Anderson(kind="I"),
+    Anderson(kind="I", damping=0.8),
+    Broyden(),
+    Broyden(memory=1),
+    Broyden(damping=0.8),
+    NewtonKrylov(),
+]
+ADJOINT = ["neumann", "gmres", "anderson", "picard", "broyden", "bicgstab"]
 TIGHT = {"tol": 1e-12, "max_iter": 2000}
 
 forward = pytest.mark.parametrize("solver", FORWARD, ids=repr)
@@ -71,7 +89,7 @@ def test_constant_map_takes_one_step_and_has_gradient_one(solver, adjoint):
     z, solution = fixed_point(
         lambda z: c, torch.zeros(3, 4, dtype=torch.float64), solver=solver, adjoint=adjoint, **TIGHT
     )
-    if solver in (Picard(), Anderson(), Anderson(window=1)):
+    if getattr(solver, "damping", 0.0) == 1.0:
         assert solution.iterations.tolist() == [1, 1, 1]
     torch.testing.assert_close(z, c, rtol=1e-11, atol=1e-11)
     (gradient,) = torch.autograd.grad(z.sum(), c)
@@ -126,7 +144,7 @@ def test_symmetric_affine_map_and_gradients_in_closed_form(solver, adjoint):
     torch.testing.assert_close(grad_m, expected, rtol=0, atol=1e-9 * expected.norm().item())
 
 
-@pytest.mark.parametrize("adjoint", [GMRES(), Anderson(window=10)], ids=repr)
+@pytest.mark.parametrize("adjoint", [GMRES(), BiCGStab(), Anderson(window=10)], ids=repr)
 def test_condition_number_1e10_reaches_the_residual(adjoint):
     rates = 1 - torch.logspace(-10, 0, 6, dtype=torch.float64)
     c = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
@@ -241,7 +259,7 @@ def test_noisy_floor_stops_at_the_noise():
 
 
 def test_neumann_and_gmres_refuse_the_forward_problem():
-    for solver in ("neumann", "gmres", Neumann(), GMRES()):
+    for solver in ("neumann", "gmres", "bicgstab", Neumann(), GMRES(), BiCGStab()):
         with pytest.raises(ValueError, match=r"picard.*anderson"):
             fixed_point(torch.cos, torch.zeros(1, 1), solver=solver)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeq import AffineCell, Anderson, DEQLayer, Orthogonal, Status
+from fastdeq import AffineCell, Anderson, Broyden, DEQLayer, Orthogonal, Status
 
 
 def make(weight="dense", **options):
@@ -226,7 +226,9 @@ def _peak_bytes(run):
 
 
 @pytest.mark.parametrize("path", ["fused", "general"])
-@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson"])
+@pytest.mark.parametrize(
+    "adjoint", ["neumann", "gmres", "bicgstab", "anderson", Broyden(5)], ids=str
+)
 def test_memory_does_not_grow_with_the_iterations(path, adjoint):
     # A rotation by a third of a turn with |W| = 1: plain and accelerated steps go on to the limit.
     size, steps = 128, {}

@@ -26,7 +26,7 @@ def test_one_iteration_is_one_application_of_the_cell(make_layer, solver):
     z.sum().backward()
 
 
-@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson"])
+@pytest.mark.parametrize("adjoint", ["neumann", "gmres", "anderson", "broyden", "bicgstab"])
 def test_one_adjoint_iteration(make_layer, adjoint):
     layer = make_layer(adjoint=adjoint, adjoint_max_iter=1, on_failure="ignore")
     layer(torch.randn(3, 6)).sum().backward()

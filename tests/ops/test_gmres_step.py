@@ -39,7 +39,8 @@ def test_steps_are_those_of_the_specification(batch, size, restart, dtype):
     of a matrix of norm below 1 keeps |w| above some 1e-2 for these few columns, except where the
     Krylov space is exhausted: there only the flag and the iterate are compared."""
     matrix, rhs = system(batch, size, dtype)
-    _, (own, _), point = begun(matrix, rhs, restart, torch.ops.fastdeq.gmres_step)
+    _, state, point = begun(matrix, rhs, restart, torch.ops.fastdeq.gmres_step)
+    own = state.space
     running = torch.rand(batch) < 0.8
     running[0] = True
     eps = torch.finfo(dtype).eps
@@ -47,11 +48,11 @@ def test_steps_are_those_of_the_specification(batch, size, restart, dtype):
         value = evaluated(matrix, rhs, point)
         norm = (value - point).norm(dim=1)
         if k == 0:
-            own.offset, own.scale = value, value.norm(dim=1)
+            offset, scale = value, value.norm(dim=1)
         theirs = {name: getattr(own, name).clone() for name in FIELDS}
         unused = torch.arange(restart + 1) > own.step.unsqueeze(1)
         theirs["basis"][unused] = 0  # C++ does not look at what an earlier cycle left there
-        others = (own.offset, own.scale, point, value, norm, running)
+        others = (offset, scale, point, value, norm, running)
         how = (min(k, restart), 1e-6, 0.0, k == 11)
         ours = [getattr(own, name) for name in FIELDS]
         following, iterate = torch.ops.fastdeq.gmres_step(*ours, *others, *how)
@@ -63,8 +64,8 @@ def test_steps_are_those_of_the_specification(batch, size, restart, dtype):
         least = torch.where(length > 0, length, 1.0).amin(1)
         regular &= (least > 1e-2) | iterate
         bound = 100 * eps * (1 + size**0.5) / least.clamp(max=1.0).to(dtype)
-        scale = 1 + expected.abs().amax(1)
-        error = (following - expected).abs().amax(1) / scale
+        size_of_each = 1 + expected.abs().amax(1)
+        error = (following - expected).abs().amax(1) / size_of_each
         assert (error[regular] <= bound[regular]).all()
         assert torch.equal(following[~running], point[~running])
         point = following
@@ -88,7 +89,8 @@ def test_strided_values_are_read_as_they_are(dtype):
 
 def test_opcheck_and_shapes():
     matrix, rhs = system(3, 6, torch.float64)
-    _, (own, _), point = begun(matrix, rhs, 4, torch.ops.fastdeq.gmres_step)
+    _, state, point = begun(matrix, rhs, 4, torch.ops.fastdeq.gmres_step)
+    own = state.space
     arguments = [getattr(own, name) for name in FIELDS]
     running = torch.ones(3, dtype=torch.bool)
     arguments += [rhs, rhs.norm(dim=1), point, rhs, rhs.norm(dim=1), running, 0, 1e-6, 0.0, False]

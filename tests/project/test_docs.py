@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 
 
@@ -93,3 +94,39 @@ batches = [(x, None) for x in torch.randn(100, 5, 4)]
     assert forward.startswith("forward: 100.0% converged")
     assert backward.startswith("adjoint: 100.0% converged")
     assert int(run(setting + recipes[1], tmp_path)) > 0
+
+
+def test_a_solver_of_ones_own(tmp_path):
+    (example,) = examples("docs/own-solvers.md")
+    start = example.index("@dataclass")
+    assert len(example[start : example.index("weight = ")].strip().splitlines()) <= 30
+    seeded = example.replace("weight =", "torch.manual_seed(0)\nweight =", 1)
+    forward, counters, backward = run(seeded, tmp_path).splitlines()
+    for line in (forward, backward):
+        assert line.startswith("Solution(32 samples: 32 CONVERGED; iterations ")
+    assert counters.startswith("tensor(")
+
+
+@pytest.mark.parametrize("cell", ["AffineCell(4, 6, scale=0.9)", "lambda z, x: 0.9 * z.cos() + x"])
+def test_recipe_for_a_schedule(cell, tmp_path):
+    """Tolerance, limit and specs of both directions follow the options."""
+    (recipe,) = [e for e in examples("docs/usage.md") if "dataclasses.replace" in e]
+    setting = f"""
+import torch
+from fastdeq import AffineCell, DEQLayer
+torch.manual_seed(0)
+layer, epochs, x = DEQLayer({cell}), 4, torch.randn(5, 4, requires_grad=True)
+def train(layer):
+    z = layer(x)
+    z.sum().backward()
+    for s in (layer.last_solution, layer.last_adjoint_solution):
+        print(layer.options.tol, float(s.residual.max()), int(s.iterations.sum()))
+"""
+    lines = [line.split() for line in run(setting + recipe, tmp_path).splitlines()]
+    assert [float(tol) for tol, _, _ in lines[::2]] == [1e-2 * 0.3**k for k in range(4)]
+    for tol, residual, _ in lines:
+        assert float(residual) <= float(tol)
+    for direction in (lines[::2], lines[1::2]):
+        counts = [int(count) for _, _, count in direction]
+        assert counts == sorted(counts)
+        assert counts[-1] > counts[0]

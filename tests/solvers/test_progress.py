@@ -155,7 +155,7 @@ def test_a_sample_whose_norms_still_fall_is_not_given_up():
     assert run(20).iterations.item() > 500
 
 
-PART_SOLVERS = ("picard", "anderson", "auto")
+PART_SOLVERS = ("picard", "anderson", "broyden", "newton_krylov", "auto")
 
 
 @pytest.mark.parametrize("solver", PART_SOLVERS)
@@ -175,7 +175,7 @@ def test_each_part_of_a_state_meets_the_tolerance(solver, dtype):
     assert (solution.residual <= 1e-4).all()
 
 
-@pytest.mark.parametrize("adjoint", ["neumann", "anderson", "gmres", "auto"])
+@pytest.mark.parametrize("adjoint", ["neumann", "anderson", "gmres", "bicgstab", "broyden", "auto"])
 def test_each_part_of_an_adjoint_meets_the_tolerance(adjoint):
     weight = torch.tensor([0.9], dtype=torch.float64, requires_grad=True)
 
