@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..solution import Solution
 from .spec import Report, SolveSpec
@@ -95,6 +96,10 @@ class Held:
 
     def pass_on(self, value: Tensor, scale: Tensor) -> None:
         """Reports it, unless there was none, as in a traced backward pass."""
-        if self._solution is not None:
-            found = (value.detach(), scale.detach()[:, 0] < 1)
-            self._report(replace(self._solution, value=found[0], limited=found[1]))
+        if self._solution is None:
+            return
+        if is_functorch_wrapped_tensor(scale):  # a batch of problems, solved as one
+            self._report(self._solution)
+            return
+        found = (value.detach(), scale.detach()[:, 0] < 1)
+        self._report(replace(self._solution, value=found[0], limited=found[1]))
