@@ -184,11 +184,13 @@ struct Sample {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> gmres_step(
-    at::Tensor& basis, at::Tensor& hessenberg, at::Tensor& null, at::Tensor& beta, at::Tensor& step,
-    at::Tensor& start, const at::Tensor& offset, const at::Tensor& scale, const at::Tensor& point,
-    const at::Tensor& value, const at::Tensor& norm, const at::Tensor& running, int64_t /*used*/,
-    double tol, double atol, bool last) {
+std::tuple<at::Tensor, at::Tensor> gmres_step(at::Tensor& basis, at::Tensor& hessenberg,
+                                              at::Tensor& null, at::Tensor& beta, at::Tensor& step,
+                                              at::Tensor& start, const at::Tensor& offset,
+                                              const at::Tensor& scale, const at::Tensor& point,
+                                              const at::Tensor& value, const at::Tensor& norm,
+                                              const at::Tensor& running, int64_t /*used*/,
+                                              double tol, double atol, bool last) {
   TORCH_CHECK(basis.dim() == 3, "gmres_step: basis must be (B, m+1, n), got ", basis.sizes());
   const int64_t batch = basis.size(0), restart = basis.size(1) - 1, n = basis.size(2);
   const auto is = [](const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
