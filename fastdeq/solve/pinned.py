@@ -65,4 +65,7 @@ def _is_replaced(module: nn.Module) -> bool:
     for t in own["_parameters"].values():
         if t is not None and type(t) is not nn.Parameter and not isinstance(t, nn.Parameter):
             return True
-    return any(m is not None and _is_replaced(m) for m in own["_modules"].values())
+    for part in own["_modules"].values():
+        if part is not None and _is_replaced(part):
+            return True
+    return False
