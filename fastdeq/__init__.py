@@ -23,6 +23,7 @@ from .solvers import (
     HeavyBall,
     Neumann,
     NewtonKrylov,
+    PeacemanRachford,
     Picard,
 )
 from .trajectory import trajectory
@@ -68,6 +69,7 @@ __all__ = [
     "NewtonKrylov",
     "Orthogonal",
     "OrthogonalMap",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
     "Reversible",

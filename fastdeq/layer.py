@@ -47,7 +47,8 @@ class DEQLayer(Recorded):
             returns a state like z (a tensor or a structure of them, real or complex) and treats
             samples independently. It may define ``initial_state(x)``.
         solver: "auto", "picard", "anderson", "broyden", "newton_krylov", "heavy_ball", "energy"
-            (symmetric cells), or an object such as ``Anderson(window=8)``.
+            (symmetric cells), "peaceman_rachford" (affine cells with I - W monotone), or an object
+            such as ``Anderson(window=8)``.
         adjoint: solver of the gradient's linear system: "auto", "neumann", "gmres", "bicgstab",
             "anderson", "picard", "broyden", "heavy_ball", "minres" (symmetric cells), or an object.
         gradient: "implicit" (exact at the equilibrium, differentiable again) or "one_step" (the
@@ -181,8 +182,8 @@ class DEQLayer(Recorded):
             x: what the cell takes; for an :class:`AffineCell` ``(..., in_features)``, each vector
                 a sample. By keyword it is x, or has the name of the cell's parameter after the
                 state.
-            context, keywords: further arguments of a general cell, of any kind; tensors in them
-                get gradients. A parameter of the cell that is called z0 is not for them.
+            context: further arguments of a general cell, of any kind; tensors in them get gradients.
+            keywords: the same by name. A parameter of the cell called z0 is not for them.
             z0: start of the solve, shaped like the state, in its dtype and on its device; default
                 ``cell.initial_state(x)`` where that exists, else zeros: ``(..., features)`` or,
                 for a general cell, shaped like x.

@@ -25,7 +25,14 @@ from .solvers.solve_options import PRECISIONS
 #: A state: what a map takes and returns, a tensor or a structure of them.
 State = TypeVar("State")
 SolverName = Literal[
-    "auto", "picard", "anderson", "broyden", "heavy_ball", "newton_krylov", "energy"
+    "auto",
+    "picard",
+    "anderson",
+    "broyden",
+    "heavy_ball",
+    "newton_krylov",
+    "energy",
+    "peaceman_rachford",
 ]
 AdjointName = Literal[
     "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "bicgstab", "minres"

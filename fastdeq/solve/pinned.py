@@ -65,7 +65,5 @@ def _is_replaced(module: nn.Module) -> bool:
     for t in own["_parameters"].values():
         if t is not None and type(t) is not nn.Parameter and not isinstance(t, nn.Parameter):
             return True
-    for part in own["_modules"].values():
-        if part is not None and _is_replaced(part):
-            return True
-    return False
+    parts = own["_modules"].values()
+    return bool(parts) and any(part is not None and _is_replaced(part) for part in parts)

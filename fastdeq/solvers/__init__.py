@@ -14,6 +14,7 @@ from .heavy_ball import HeavyBall
 from .minres import MINRES
 from .neumann import Neumann
 from .newton_krylov import NewtonKrylov
+from .peaceman_rachford import PeacemanRachford
 from .picard import Picard
 from .solve_options import SolveOptions
 
@@ -24,6 +25,7 @@ _ALL: tuple[type[Solver], ...] = (
     HeavyBall,
     NewtonKrylov,
     Energy,
+    PeacemanRachford,
     Neumann,
     GMRES,
     BiCGStab,
@@ -31,9 +33,10 @@ _ALL: tuple[type[Solver], ...] = (
 )
 SOLVERS: dict[str, type[Solver]] = {s.name: s for s in _ALL}
 FORWARD = tuple(name for name, s in SOLVERS.items() if not s.linear)
-_NONLINEAR = ("energy", "newton_krylov")  # descends on a forward energy; is GMRES where f is affine
+# Of forward problems alone: two look at the activation, one is GMRES where f is affine.
+_NONLINEAR = ("energy", "newton_krylov", "peaceman_rachford")
 ADJOINT = tuple(name for name in SOLVERS if name not in _NONLINEAR)
-_INSIDE = ("energy", "minres")  # look inside an affine cell
+_INSIDE = ("energy", "minres", "peaceman_rachford")  # look inside an affine cell
 
 
 def resolve(solver: str | Solver, structure: Structure, tol: float, *, adjoint: bool) -> Solver:
@@ -47,10 +50,12 @@ def resolve(solver: str | Solver, structure: Structure, tol: float, *, adjoint: 
         return automatic(structure, adjoint=adjoint)
     chosen = named(solver, adjoint=adjoint)
     missing: frozenset[str] = getattr(chosen, "needs", frozenset()) - structure.tags
+    symmetric = "symmetric" in getattr(chosen, "needs", ())
     if missing or (chosen.name in _INSIDE and not structure.affine):
         raise ValueError(
-            f"solver {chosen.name!r} needs an AffineCell with a symmetric weight (such as "
-            'weight="symmetric") and a monotone activation, solved as one; '
+            f"solver {chosen.name!r} needs an AffineCell with "
+            + ('a symmetric weight (such as weight="symmetric") and ' if symmetric else "")
+            + "a monotone activation, solved as one; "
             + (
                 f"this map is not known to be {', '.join(sorted(missing))}."
                 if structure.affine
@@ -105,6 +110,7 @@ __all__ = [
     "HeavyBall",
     "Neumann",
     "NewtonKrylov",
+    "PeacemanRachford",
     "Picard",
     "SolveOptions",
     "Solver",

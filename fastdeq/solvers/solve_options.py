@@ -47,6 +47,7 @@ class SolveOptions:
     memory: int = 0
     kind: str = "II"
     difference: float = 0.0
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
