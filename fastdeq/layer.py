@@ -182,7 +182,7 @@ class DEQLayer(Recorded):
             x: what the cell takes; for an :class:`AffineCell` ``(..., in_features)``, each vector
                 a sample. By keyword it is x, or has the name of the cell's parameter after the
                 state.
-            context: further arguments of a general cell, of any kind; tensors in them get gradients.
+            context: further arguments of a general cell, of any kind; their tensors get gradients.
             keywords: the same by name. A parameter of the cell called z0 is not for them.
             z0: start of the solve, shaped like the state, in its dtype and on its device; default
                 ``cell.initial_state(x)`` where that exists, else zeros: ``(..., features)`` or,
