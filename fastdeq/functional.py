@@ -9,7 +9,16 @@ from .backends.choose import Backend
 from .errors import lists_options
 from .failure import OnFailure, handle_failure
 from .gradients import Gradient, GradientMethod
-from .options import AdjointName, BatchDim, Options, Precision, Randomness, SolverName, State
+from .options import (
+    AdjointName,
+    BatchDim,
+    Options,
+    Precision,
+    Randomness,
+    SolverName,
+    State,
+    StopNorm,
+)
 from .solution import Solution
 from .solve.cell_map import CellMap
 from .solve.checked_maps import with_the_code_of
@@ -40,6 +49,7 @@ def fixed_point(
     adjoint_tol: float | None = None,
     atol: float = 0.0,
     adjoint_atol: float = 0.0,
+    stop_norm: StopNorm = "2",
     min_iter: int = 0,
     max_iter: int = 100,
     adjoint_max_iter: int | None = None,
@@ -86,6 +96,7 @@ def fixed_point(
         adjoint_tol=adjoint_tol,
         atol=atol,
         adjoint_atol=adjoint_atol,
+        stop_norm=stop_norm,
         min_iter=min_iter,
         max_iter=max_iter,
         adjoint_max_iter=adjoint_max_iter,

@@ -38,6 +38,9 @@ AdjointName = Literal[
     "auto", "picard", "anderson", "broyden", "heavy_ball", "neumann", "gmres", "bicgstab", "minres"
 ]
 Precision = Literal["auto", "float32", "mixed"]
+#: The norm of the criterion of convergence: that of all entries, or the largest of them.
+StopNorm = Literal["2", "max"]
+STOP_NORMS: tuple[StopNorm, ...] = get_args(StopNorm)
 #: Whether the evaluations of one solve and its gradient draw different random numbers, or the same.
 Randomness = Literal["different", "same"]
 RANDOMNESS: tuple[Randomness, ...] = get_args(Randomness)
@@ -72,6 +75,7 @@ class Options:
     adjoint_tol: float | None = None
     atol: float = 0.0
     adjoint_atol: float = 0.0
+    stop_norm: StopNorm = "2"
     min_iter: int = 0
     max_iter: int = 100
     adjoint_max_iter: int | None = None
@@ -96,6 +100,12 @@ class Options:
         object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
         object.__setattr__(self, "compact", check_compact(self.compact, self.batch_dim))
         object.__setattr__(self, "gradient", named_gradient(self.gradient))
+        check_choice(self.stop_norm, STOP_NORMS, "stop_norm")
+        if self.stop_norm != "2" and (self.compact or self.precision == "mixed"):
+            raise ValueError(
+                'stop_norm="max" goes with neither compact nor precision="mixed", which compare '
+                "2-norms."
+            )
         check_choice(self.randomness, RANDOMNESS, "randomness")
         if not isinstance(self.has_aux, bool):
             raise ValueError(f"has_aux must be True or False, got {self.has_aux!r}.")

@@ -96,6 +96,7 @@ def reference(
             max_iter=options.max_iter,
             atol=options.atol,
             patience=options.patience,
+            stop_norm=options.stop_norm,
             min_iter=options.min_iter,
             anderson_mix=anderson_mix.reference,
             # W 0 = 0: no product for the evaluation at zero.

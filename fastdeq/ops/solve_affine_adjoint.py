@@ -128,6 +128,7 @@ def reference(weight: Tensor, slope: Tensor, grad: Tensor, options: SolveOptions
             max_iter=options.max_iter,
             atol=options.atol,
             patience=options.patience,
+            stop_norm=options.stop_norm,
             min_iter=options.min_iter,
             anderson_mix=anderson_mix.reference,
             start_value=d * g,

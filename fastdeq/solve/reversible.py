@@ -84,7 +84,9 @@ def solve(f: Map, start: Tensor, spec: SolveSpec, method: Any, first: Map) -> tu
         at = z.to(dtype)
         value = first(at) if k == 0 else f(at)
         evaluations += 1
-        seen = residual_of(value, at, options.tol, options.atol, spec.parts, looks=False)
+        seen = residual_of(
+            value, at, options.tol, options.atol, spec.parts, False, options.stop_norm
+        )
         finite = seen.norm.isfinite() & seen.relative.isfinite()
         residual = torch.where(running, torch.where(finite, seen.relative, torch.inf), residual)
         status = torch.where(running & ~finite, _NONFINITE, status)

@@ -136,7 +136,7 @@ class SolveSpec:
         if has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
-        if self.options.kind != "II" and self.backend not in ("auto", "reference"):
+        if self.options.is_python_alone and self.backend not in ("auto", "reference"):
             raise BackendError(
                 f"backend={self.backend!r} is not available for this {self.what}: {PLAIN_PYTORCH}. "
                 "Available here: 'auto', 'reference'."
@@ -164,6 +164,7 @@ class SolveSpec:
             start_value=first(start) if len(start) else None,
             follow=follow,
             min_iter=self.options.min_iter,
+            stop_norm=self.options.stop_norm,
         )
         return finish(replace(solution, solver=self.solver, trend=traced))
 
@@ -171,7 +172,8 @@ class SolveSpec:
         """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
         if self.options.min_iter and (start.device.type != "cpu" or self.backend == "triton"):
             return False  # the kernels do not know it
-        return is_compiled(self.solver, self.backend, start)
+        known = self.options.stop_norm == "2"
+        return known and is_compiled(self.solver, self.backend, start)
 
     def iterate_affine(
         self, f: Callable[[Tensor], Tensor | None], offset: Tensor, scale: Tensor
@@ -279,7 +281,11 @@ class Specs:
     def _spec(self, what: str, solver: Solver, limits: dict[str, Any]) -> SolveSpec:
         options = self.options
         how = SolveOptions.of(
-            solver, patience=options.patience, precision=options.precision, **limits
+            solver,
+            patience=options.patience,
+            precision=options.precision,
+            stop_norm=options.stop_norm,
+            **limits,
         )
         symmetric = self.structure.bitwise_symmetric
         return SolveSpec(what, solver, how, how.arguments, options.backend, symmetric)

@@ -74,6 +74,10 @@ def _norms(
     return norm.to(dtype), size.to(dtype), False
 
 
+def _largest_entry(rows: Tensor) -> Tensor:
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
 class Residual(NamedTuple):
     """Of an evaluation ``(B,)``: ``|f(z) - z|``, the same relative to ``|f(z)|``, the relative
     residual at which the sample has converged, and whether all are surely finite. ``relative`` is
@@ -92,18 +96,24 @@ def residual_of(
     atol: float,
     parts: Sequence[int] | None,
     looks: bool,
+    stop_norm: str = "2",
 ) -> Residual:
-    """Of ``value = f(point)``, both ``(B, n)``, or of the worst of ``parts``."""
+    """Of ``value = f(point)``, both ``(B, n)``, or of the worst of ``parts``. The relative residual
+    and its limit are in ``stop_norm``."""
     difference = value - point
     largest = torch.finfo(value.dtype).max ** SIZE_EXPONENT
     norm, size, finite = _norms(difference, value, largest, looks)
     size = size + RESIDUAL_EPS
     limit: Tensor | float = tol + atol / size if atol else tol
-    if parts is None:
+    if parts is None and stop_norm == "2":
         relative = norm / size
     else:  # that of the part which is furthest from its limit
+        parts = parts or [point.shape[1]]
         pairs = zip(difference.split(parts, 1), value.split(parts, 1), strict=True)
-        norms = [_norms(*pair, largest, looks)[:2] for pair in pairs]
+        if stop_norm == "2":
+            norms = [_norms(*pair, largest, looks)[:2] for pair in pairs]
+        else:
+            norms = [(_largest_entry(d), _largest_entry(v)) for d, v in pairs]
         ratios = torch.stack([n / (s + RESIDUAL_EPS) for n, s in norms], 1)
         limits = torch.stack([tol + atol / (s + RESIDUAL_EPS) for _, s in norms], 1)
         worst = (ratios - limits).argmax(1, keepdim=True)
@@ -129,11 +139,13 @@ def solve(
     parts: Sequence[int] | None = None,
     follow: Follow | None = None,
     min_iter: int = 0,
+    stop_norm: str = "2",
 ) -> Solution:
     """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
 
     Converged is ``|f(z) - z| <= atol + tol |f(z)|``; where rows have ``parts`` of so many entries,
-    for each of them. ``patience`` is the solver's, scaled to ``max_iter``, unless it is given.
+    for each of them; in 2-norms or, with ``stop_norm="max"``, by largest entries. ``patience`` is
+    the solver's, scaled to ``max_iter``, unless it is given.
     ``f`` maps ``(B, n)`` to ``(B, n)`` and treats rows independently; ``start_value`` is
     ``f(start)`` where it is known. At most ``max_iter`` updates, hence ``max_iter + 1``
     evaluations: the last one verifies. Rows of ``start`` that are not finite start from zero.
@@ -179,7 +191,9 @@ def solve(
         max_iter = -1
     for k in range(max_iter + 1):
         value = start_value if k == 0 and start_value is not None else f(point)
-        norm, relative, limit, finite = residual_of(value, point, tol, atol, parts, looks)
+        norm, relative, limit, finite = residual_of(
+            value, point, tol, atol, parts, looks, stop_norm
+        )
 
         # Comparisons with NaN are false.
         lower = norm < least if finite else (norm < least) & relative.isfinite()

@@ -48,6 +48,7 @@ class SolveOptions:
     kind: str = "II"
     difference: float = 0.0
     alpha: float = 0.0
+    stop_norm: str = "2"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -65,6 +66,7 @@ class SolveOptions:
         patience: int | None = None,
         precision: str = "auto",
         min_iter: int = 0,
+        stop_norm: str = "2",
     ) -> SolveOptions:
         """The options of a registered solver; of another one what it shares with those. No sample
         converges before ``min_iter`` updates.
@@ -73,7 +75,13 @@ class SolveOptions:
         own = {f.name: getattr(solver, f.name) for f in fields if f.name in FIELDS}
         if patience is None:
             patience = scaled_patience(solver.patience, max_iter)
-        return cls(solver.name, tol, max_iter, patience, atol, precision, min_iter=min_iter, **own)
+        own |= {"min_iter": min_iter, "stop_norm": stop_norm}
+        return cls(solver.name, tol, max_iter, patience, atol, precision, **own)
+
+    @property
+    def is_python_alone(self) -> bool:
+        """Whether no compiled code has this kind of a solver, or stops in this norm."""
+        return self.kind != "II" or self.stop_norm != "2"
 
     @property
     def updates(self) -> int:

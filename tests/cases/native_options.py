@@ -14,7 +14,7 @@ _TYPES |= {"bool": ctypes.c_bool}
 # The enumerators of Solver and Precision there.
 _SOLVERS = {"picard": 0, "neumann": 0, "anderson": 1, "heavy_ball": 2, "energy": 3, "minres": 4}
 # Options of solvers that are in Python alone.
-PYTHON_ALONE = ("restart", "memory", "kind", "difference", "alpha")
+PYTHON_ALONE = ("restart", "memory", "kind", "difference", "alpha", "stop_norm")
 FIELDS = tuple(f for f in dataclasses.fields(SolveOptions) if f.name not in PYTHON_ALONE)
 
 
