@@ -19,7 +19,7 @@ from .gradients import GradientMethod, check_together, named_gradient
 from .samples import BatchDim as BatchDim
 from .samples import Compact as Compact
 from .samples import check_batch_dim, check_compact
-from .solvers import ADJOINT, FORWARD, SOLVERS, Solver, named
+from .solvers import ADJOINT, FORWARD, SOLVERS, Broyden, Solver, named
 from .solvers.solve_options import PRECISIONS
 
 #: A state: what a map takes and returns, a tensor or a structure of them.
@@ -96,6 +96,15 @@ class Options:
                 chosen = named(given, adjoint=adjoint)
                 registered &= SOLVERS.get(chosen.name) is type(chosen)
                 object.__setattr__(self, name, chosen)
+        if getattr(self.solver, "reuse", False):
+            raise ValueError("Broyden(reuse=True) is an adjoint solver: pass it as adjoint=.")
+        if getattr(self.adjoint, "reuse", False):
+            if not isinstance(self.solver, Broyden):
+                raise ValueError(
+                    'adjoint=Broyden(reuse=True) needs solver="broyden", whose inverse it begins '
+                    f"with, not {self.solver!r}."
+                )
+            registered = False  # the operators hand nothing on
         object.__setattr__(self, "registered", registered)
         object.__setattr__(self, "batch_dim", check_batch_dim(self.batch_dim))
         object.__setattr__(self, "compact", check_compact(self.compact, self.batch_dim))

@@ -77,6 +77,7 @@ class Solution:
     narrow_evaluations: int = 0
     path: str = ""
     limited: Tensor | None = None
+    kept: Any = field(default=None, repr=False)  # what a solver hands on to the adjoint
 
     @property
     def converged(self) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.autograd import Function
 
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
+from ..solution import Solution
 from .adjoint_limit import limits_adjoint
 from .batched_gradients import as_one, is_batched
 from .closure import cut_above, evaluate, placed_above, same_closure
@@ -162,6 +164,8 @@ def _solve_adjoint(
     if theta is None:
         return unit.restore(u)
     closed_over = [t for t in (g, at, *theta) if t.requires_grad]
+    if hasattr(spec.solver, "beginning_with"):  # the systems below have other matrices
+        spec = replace(spec, solver=spec.solver.beginning_with(None))
     how = (spec, ignore, adjoint_map, None, None, None)
     attached, _ = FixedPoint.apply(*how, u, *closed_over)
     return unit.restore(attached)
@@ -213,6 +217,14 @@ def _product(fz: Tensor, at: Tensor, u: Tensor, count: int | None = None) -> Ten
     return torch.autograd.grad(
         fz, at, u, retain_graph=True, create_graph=create, allow_unused=True
     )[0]
+
+
+def begun_after(spec: SolveSpec, solution: Solution) -> SolveSpec:
+    """The adjoint's spec, its solver beginning with what the forward one handed on."""
+    if solution.kept is None:
+        return spec
+    solver: Any = spec.solver
+    return replace(spec, solver=solver.beginning_with(solution.kept.transposed()))
 
 
 def attach(

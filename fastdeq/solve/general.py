@@ -103,6 +103,7 @@ def _solve(
         if gradient == "implicit":
             parts = None if compaction is None else compaction.parts(around)
             adjoint = replace(specs.adjoint, parts=packing.parts)
+            adjoint = autograd.begun_after(adjoint, solution)
             attached = autograd.attach(adjoint, report, around(rows), z, parts)
         elif ends is not None:
             attached = reversible.attach(around(rows), ends, specs.adjoint, report)
@@ -125,6 +126,7 @@ def _solve(
     own = replace(
         solution,
         value=packing.unpack(solution.value),
+        kept=None,
         contraction=specs.structure.contraction,
         batch_dim=specs.options.batch_dim,
     )

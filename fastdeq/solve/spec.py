@@ -236,6 +236,8 @@ class Specs:
     def __init__(self, options: Options, structure: Structure):
         self.options, self.structure = options, structure
         solver = resolve(options.solver, structure, options.tol, adjoint=False)
+        if getattr(options.adjoint, "reuse", False):
+            solver = replace(solver, reuse=True)  # type: ignore[type-var]
         limits = ("tol", "atol", "min_iter", "max_iter")
         self.forward = self._spec("solve", solver, {k: getattr(options, k) for k in limits})
         self._adjoint: SolveSpec | None = None

@@ -23,13 +23,14 @@ difference where there is one, and lets rounding turn a step round where there i
 
 Sources: C. Broyden, Math. Comp. 19 (1965) 577; C. Kelley, Iterative Methods for Linear and
 Nonlinear Equations, SIAM 1995, chapter 7; damping as in J. Zhang, B. O'Donoghue and S. Boyd, SIAM
-J. Optim. 30 (2020) 3170; for equilibrium models S. Bai, J. Kolter and V. Koltun, NeurIPS 2019.
+J. Optim. 30 (2020) 3170; for equilibrium models S. Bai, J. Kolter and V. Koltun, NeurIPS 2019; its
+inverse for the adjoint Z. Ramzi et al., "SHINE", ICLR 2022.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ from .base import CheckedOptions, Problem, Step, check_integer, check_range, whe
 
 #: The least factor, in magnitude, by which an update may change the determinant.
 LEAST_RATIO = 0.1
+
+
+class Inverse(NamedTuple):
+    """H: pairs u and v ``(B, m, n)``, newest first, of which ``counts`` ``(B,)`` int32 are in use,
+    and tau ``(B,)``."""
+
+    left: Tensor
+    right: Tensor
+    counts: Tensor
+    scale: Tensor
+
+    def transposed(self) -> Inverse:
+        return self._replace(left=self.right, right=self.left)
 
 
 @dataclass
@@ -55,6 +69,13 @@ class _State:
     quasi: Tensor  # (B,) bool: the current point came from a step with a memory
     safeguard: Tensor  # (B,) int32 counters
     damped: Tensor
+
+
+def _used(state: _State) -> Tensor:
+    """Which pairs are in use ``(B, 1, m)``."""
+    pairs = state.left.shape[1]
+    age = (state.slot - 1 - torch.arange(pairs, device=state.left.device)) % pairs
+    return (age < state.count.unsqueeze(1)).unsqueeze(1)
 
 
 def _times(used: Tensor, scale: Tensor, first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
@@ -77,11 +98,18 @@ class Broyden(CheckedOptions):
         damping: the part of each step that is made, in (0, 1].
         safeguard: a step may raise the residual norm by this factor, >= 1, before it is taken
             back; what it showed is kept.
+        reuse: of an adjoint whose forward solver is Broyden's method too: begin with the inverse
+            that the forward solve ended with, transposed (SHINE). One update, by
+            ``adjoint_max_iter=1``, applies it and no more. Up to ``memory`` pairs of the forward
+            solve stay in memory until the backward pass. For general cells; an
+            :class:`~fastdeq.AffineCell` is called as one.
     """
 
     memory: int = 20
     damping: float = 1.0
     safeguard: float = 10.0
+    reuse: bool = False
+    inverse: Inverse | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "broyden"
     linear: ClassVar[bool] = False
@@ -94,18 +122,39 @@ class Broyden(CheckedOptions):
         object.__setattr__(self, "memory", memory)
         check_range("Broyden", "damping", self.damping, 1e-12, 1.0, "in (0, 1]")
         check_range("Broyden", "safeguard", self.safeguard, 1.0, float("inf"), ">= 1")
+        if not isinstance(self.reuse, bool):
+            raise ValueError(f"Broyden(reuse={self.reuse!r}): reuse must be True or False.")
+
+    def beginning_with(self, inverse: Inverse | None) -> Broyden:
+        """The same method with H at first ``inverse``; None: a multiple of the identity."""
+        return replace(self, inverse=inverse)
+
+    def kept(self, state: _State) -> Inverse:
+        """H in the end, its pairs from the oldest on in memory of its own."""
+        pairs = state.left.shape[1]
+        most = int(state.count.max()) if len(state.count) else 0
+        newest_first = [(state.slot - 1 - i) % pairs for i in range(most)]
+        newest = torch.tensor(newest_first, dtype=torch.int64, device=state.left.device)
+        return Inverse(state.left[:, newest], state.right[:, newest], state.count, state.scale)
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         batch, size = point.shape
-        pairs = min(self.memory, problem.max_iter)
+        begun = self.inverse
+        reused = 0 if begun is None else begun.left.shape[1]
+        pairs = min(self.memory, problem.max_iter) + reused
         zeros = torch.zeros(batch, dtype=torch.int32, device=point.device)
+        left, right = point.new_zeros(batch, pairs, size), point.new_zeros(batch, pairs, size)
+        count, scale = zeros, point.new_ones(batch)
+        if begun is not None:  # the oldest first
+            left[:, :reused], right[:, :reused] = begun.left.flip(1), begun.right.flip(1)
+            count, scale = begun.counts.clone(), begun.scale
         return _State(
-            left=point.new_zeros(batch, pairs, size),
-            right=point.new_zeros(batch, pairs, size),
-            count=zeros,
-            slot=0,
+            left=left,
+            right=right,
+            count=count,
+            slot=reused % pairs,
             fresh=True,
-            scale=point.new_ones(batch),
+            scale=scale,
             point=point,
             residual=point,
             norm=point.new_full((batch,), torch.inf),
@@ -128,6 +177,9 @@ class Broyden(CheckedOptions):
         state.residual = where_rows(back, state.residual, g)
         state.norm = torch.where(back, state.norm, norm)
         direction = -state.residual
+        if state.fresh and self.inverse is not None:
+            rows = state.residual.unsqueeze(1)
+            direction = _times(_used(state), state.scale, state.right, state.left, rows).squeeze(1)
         if not state.fresh:
             direction = self._update(state, s, y, state.residual, finite, running)
         state.fresh = False
@@ -144,8 +196,7 @@ class Broyden(CheckedOptions):
         """Adds the pair of s and y where a sample may ``learn``; returns H g."""
         pairs = state.left.shape[1]
         state.count = torch.where(state.count < pairs, state.count, 0)
-        age = (state.slot - 1 - torch.arange(pairs, device=s.device)) % pairs
-        used = (age < state.count.unsqueeze(1)).unsqueeze(1)
+        used = _used(state)
         # Divided by |s|, squares stay within the dtype's range; s = 0 makes NaN, which is not kept.
         length = torch.linalg.vector_norm(s, dim=1, keepdim=True, dtype=torch.float64).to(s.dtype)
         s, y = s / length, y / length

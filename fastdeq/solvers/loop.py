@@ -256,4 +256,5 @@ def solve(
         evaluations=k + 1 if batch else 0,
         sample_evaluations=(k + 1) * batch if batch else 0,
         path="general",
+        kept=solver.kept(state) if getattr(solver, "reuse", False) else None,  # type: ignore[attr-defined]
     )

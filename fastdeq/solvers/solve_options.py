@@ -95,7 +95,8 @@ class SolveOptions:
 
     def solver_arguments(self, kind: type[Any]) -> dict[str, Any]:
         """The fields that are options of the solver class ``kind``."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(kind)}
+        names = (f.name for f in dataclasses.fields(kind))
+        return {name: getattr(self, name) for name in names if name in FIELDS}
 
     @property
     def arguments(self) -> tuple[Any, ...]:
