@@ -70,7 +70,7 @@ class _Replace(TorchFunctionMode):
 
 
 class ExplicitMap:
-    """``f(z, *theta)`` of a map ``f(z)`` that closes over ``theta``."""
+    """``f(z, *theta)`` of a map ``f(z)`` that closes over ``theta``, and returns none of them."""
 
     def __init__(self, f: Map, theta: Sequence[Tensor]):
         self.f, self.theta = f, list(theta)
@@ -78,10 +78,7 @@ class ExplicitMap:
     def __call__(self, z: Tensor, *theta: Tensor) -> Tensor:
         pairs = zip(self.theta, theta, strict=True)
         with _Replace({id(own): given for own, given in pairs}):
-            value = self.f(z)
-        # A map that returns what it closes over made no operation of it.
-        pairs = zip(self.theta, theta, strict=True)
-        return next((given for own, given in pairs if value is own), value)
+            return self.f(z)
 
 
 def explicit(f: Map, z: Tensor) -> ExplicitMap:

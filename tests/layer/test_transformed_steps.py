@@ -6,6 +6,8 @@ from torch.func import grad, jacfwd, vmap
 from transform_cases import F64, close, input_for, layer_of
 
 from fastdeq import Phantom, Truncated, Unrolled
+from fastdeq.solve.affine_autograd import LinearSolve
+from fastdeq.solve.spec import ignore
 
 
 @pytest.mark.parametrize("kind", ["dense", "general"])
@@ -39,3 +41,31 @@ def test_the_adjoint_is_limited(kind):
     assert bool(layer.last_adjoint_solution.limited.any())
     z = layer(x)
     close(vmap(lambda g: torch.autograd.grad(z, x, g)[0])(torch.ones(1, *z.shape))[0], expected)
+
+
+def test_a_linear_solve_in_every_mode():
+    layer = layer_of("dense")
+    layer(torch.ones(2, 3, dtype=F64))
+    spec = layer._specs.adjoint
+    weight = 0.5 * torch.linalg.qr(torch.randn(4, 4, dtype=F64))[0]
+    tensors = (weight, torch.rand(3, 4, dtype=F64), torch.randn(3, 4, dtype=F64))
+    for t in tensors:
+        t.requires_grad_()
+
+    def solve(*tensors):
+        return LinearSolve.apply(spec, ignore, *tensors)
+
+    weight, slope, g = (t.detach() for t in tensors)
+    eye = torch.eye(4, dtype=F64)
+    pairs = zip(slope, g, strict=True)
+    each = [torch.linalg.solve(eye - d[:, None] * weight.t(), d * r) for d, r in pairs]
+    q = torch.stack(each)
+    close(solve(*tensors), q)
+    how = {"check_batched_grad": True, "fast_mode": True}
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(solve, tensors, **how, **forward)
+    assert torch.autograd.gradgradcheck(solve, tensors, **how, check_fwd_over_rev=True)
+    for i, dims in enumerate([(0, None, None), (None, 0, None), (None, None, 0)]):
+        stacked = [torch.stack((t, 0.9 * t)) if j == i else t for j, t in enumerate(tensors)]
+        rows = vmap(solve, dims)(*stacked)
+        close(rows[1], solve(*[0.9 * t if j == i else t for j, t in enumerate(tensors)]))
