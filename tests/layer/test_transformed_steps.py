@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, jacfwd, vmap
+from torch.func import grad, jacfwd, vjp, vmap
 from transform_cases import F64, close, input_for, layer_of
 
 from fastdeq import Phantom, Truncated, Unrolled
@@ -69,3 +69,15 @@ def test_a_linear_solve_in_every_mode():
         stacked = [torch.stack((t, 0.9 * t)) if j == i else t for j, t in enumerate(tensors)]
         rows = vmap(solve, dims)(*stacked)
         close(rows[1], solve(*[0.9 * t if j == i else t for j, t in enumerate(tensors)]))
+
+
+@pytest.mark.parametrize("kind", ["dense", "general"])
+def test_a_gradient_that_is_not_finite_leaves_as_nan(kind):
+    layer = layer_of(kind)
+    x = input_for(layer)
+    g = torch.ones(3, 5, dtype=F64)
+    (expected,) = vjp(layer, x)[1](g)
+    g[1, 0] = torch.inf
+    (found,) = vjp(layer, x)[1](g)
+    assert found[1].isnan().any()
+    close(found[[0, 2]], expected[[0, 2]])
