@@ -73,7 +73,7 @@ def test_a_linear_solve_in_every_mode():
 
 @pytest.mark.parametrize("kind", ["dense", "general"])
 def test_a_gradient_that_is_not_finite_leaves_as_nan(kind):
-    layer = layer_of(kind)
+    layer = layer_of(kind, on_failure="ignore")
     x = input_for(layer)
     g = torch.ones(3, 5, dtype=F64)
     (expected,) = vjp(layer, x)[1](g)
