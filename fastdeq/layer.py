@@ -214,8 +214,9 @@ class DEQLayer(Recorded):
     ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
-        refuse_keywords(cell, keywords)
-        leading = leading_of(cell, x)
+        if keywords:
+            refuse_keywords(cell, keywords)
+        leading = leading_of(cell, x) if isinstance(cell, AffineCell) else None
         record: Any = self._record
         if leading is not None:
             x, z0, record = leading.rows(x), leading.start(z0), LeadingRecord(record, leading)
@@ -227,8 +228,7 @@ class DEQLayer(Recorded):
             explain_start(cell, z0, x, batch_dim)
         specs, report = self._specs_for(self._structure()), record.receive_adjoint
         record.forward = None  # the one before need not take memory meanwhile
-        called = pinned(cell) if torch.is_grad_enabled() else cell
-        f = CellMap.of_call(called, start, self.options, (x, *context), keywords, name)
+        f = CellMap.of_call(pinned(cell), start, self.options, (x, *context), keywords, name)
         try:
             z, solution = solve_map(
                 f,

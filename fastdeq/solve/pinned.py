@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 #: A module's dictionary of parameters or buffers, a name in it, and the tensor there.
@@ -47,8 +48,9 @@ class Pinned:
 
 def pinned(cell: Any) -> Any:
     """``cell``, or a :class:`Pinned` one where it is a module that has other tensors in the places
-    of parameters."""
-    if not isinstance(cell, nn.Module) or not _is_replaced(cell):
+    of parameters; without grad mode nothing evaluates it later."""
+    replaced = torch.is_grad_enabled() and isinstance(cell, nn.Module) and _is_replaced(cell)
+    if not replaced:
         return cell
     places = [
         (owner, name, t)
