@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ...errors import check_choice, check_options
 from ...solve.checked_maps import CheckedMaps
-from .grad import Writer
+from .grad import Writer, are_coupled
 from .loss import power_method
-from .solver import SolverStat, get_solver
+from .solver import SolverStat, get_solver, mixes_steps
 from .solver.engine import STOP_MODES
 from .utils.arg_utils import NAMES
 from .utils.config import DEQConfig
@@ -111,14 +111,20 @@ class DEQBase(nn.Module):
     def _found(
         self, deq_func: StateMap, z_init: Tensor, kwargs: dict[str, Any] | None, **how: Any
     ) -> tuple[Tensor, list[Tensor], SolverStat]:
-        """Solves without a graph. What a call says in its ``solver_kwargs`` goes before ``how``,
-        but for the number of evaluations."""
+        """Solves without a graph; again, and as one, where samples turn out to be coupled. What a
+        call says in its ``solver_kwargs`` goes before ``how``, but for the evaluations."""
         options = {"tol": self.f_tol, "stop_mode": self.f_stop_mode}
         for name, value in (kwargs or {}).items():
             if PER_CALL.get(name, name) != "max_iter":
                 options[PER_CALL.get(name, name)] = value
+        deq_func.coupled = self.coupled
         with torch.no_grad():
-            return self.f_solver(deq_func, x0=z_init, **options, **how)  # type: ignore[no-any-return]
+            found = self.f_solver(deq_func, x0=z_init, **options, **how)
+        if self.coupled or not torch.is_grad_enabled() or not mixes_steps(self.f_solver):
+            return found  # type: ignore[no-any-return]
+        if are_coupled(self, deq_func, found[0].detach()):
+            return self._found(deq_func, z_init, kwargs, **how)
+        return found  # type: ignore[no-any-return]
 
     def _solve_fixed_point(
         self,

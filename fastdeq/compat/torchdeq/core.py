@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import check_choice
-from .base import check_names, is_own
+from .base import DEQBase, check_names, is_own
 from .dropout import reset_dropout
 from .grad import Writer
 from .norm import reset_norm
@@ -133,3 +133,6 @@ def reset_deq(model: nn.Module) -> None:
     the beginning of each training step."""
     reset_norm(model)
     reset_dropout(model)
+
+
+__all__ = ["DEQBase", "DEQIndexing", "DEQSliced", "get_deq", "register_deq", "reset_deq"]

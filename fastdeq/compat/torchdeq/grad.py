@@ -138,16 +138,10 @@ def _adjoint_spec(solver: Any, max_iter: int, tol: float, mode: str) -> SolveSpe
 def _attached(
     spec: SolveSpec, trainer: Any, func: StateMap, z: Tensor, writer: Writer | None, copies: bool
 ) -> Tensor:
-    state = func.vec2list(z)
-    if func.packing is not None:
-        state = tuple(state)
-    packing = Packing(state)
+    state = func.state_of(z)
+    packing = Packing(state, None if are_coupled(trainer, func, z) else 0)
     packing.copies = copies
     rows = packing.pack(state)
-    if _are_coupled(trainer, func, packing, rows):
-        packing = Packing(state, None)
-        packing.copies = copies
-        rows = packing.pack(state)
 
     def report(solution: Solution | None) -> None:
         if writer is not None and solution is not None:
@@ -159,11 +153,15 @@ def _attached(
     return attached
 
 
-def _are_coupled(trainer: Any, func: StateMap, packing: Packing, rows: Tensor) -> bool:
-    """Whether samples of the batch depend on each other, looked at once for each map of a DEQ; from
-    then on it takes none of its batches apart."""
+def are_coupled(trainer: Any, func: StateMap, z: Tensor) -> bool:
+    """Whether samples of the batch z depend on each other, looked at once for each map of a DEQ;
+    where they do, it takes none of its batches apart from then on."""
     if getattr(trainer, "coupled", False):
         return True
+    state = func.state_of(z)
+    packing = Packing(state)
+    packing.copies = True
+    rows = packing.pack(state)
     checked = getattr(trainer, "checked_maps", None) or with_the_code_of(func.func)
     check = checked.check_of(func.func, 0, packing.ndims, rows)
     if check is None:

@@ -79,6 +79,13 @@ def register_solver(solver_type: str, solver: Callable[..., Any]) -> None:
     _solvers[solver_type] = solver
 
 
+def mixes_steps(solver: Callable[..., Any]) -> bool:
+    """Whether a solver of here makes steps out of several, which go wrong for single samples of a
+    batch whose samples depend on each other."""
+    plain = (fixed_point_iter, simple_fixed_point_iter)
+    return solver not in plain and adjoint_solver(solver, 1) is not None
+
+
 def adjoint_solver(solver: Callable[..., Any], max_iter: int) -> Any:
     """What solves the linear system of an implicit gradient in ``fastdeq`` for a solver of here;
     None for one that was registered."""

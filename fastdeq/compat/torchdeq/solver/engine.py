@@ -51,7 +51,7 @@ def solve(
     **watching: Any,
 ) -> Result:
     """The best state of each sample of ``x0`` ``(B, ...)`` that ``run`` comes through; without a
-    graph.
+    graph. Samples that are known to be coupled are one row.
 
     Args:
         func: maps a state to one of the same shape.
@@ -65,12 +65,14 @@ def solve(
         watching: further arguments of ``Watch``.
     """
     check_choice(stop_mode, STOP_MODES, "stop_mode")
-    packing = Packing(x0)
+    coupled = getattr(func, "coupled", False)
+    packing = Packing(x0, None if coupled else 0)
     start = packing.pack(x0.detach(), "x0")
+    samples = len(x0) if coupled and x0.dim() else len(start)
     packing.copies = copies(start)
 
     def once() -> Watch:
-        watch = Watch(packing.rowwise(func), start, tol, stop_mode, indexing, **watching)
+        watch = Watch(packing.rowwise(func), start, samples, tol, stop_mode, indexing, **watching)
         if max_iter >= 1:
             with contextlib.suppress(FinishedError):
                 run(watch, start, int(max_iter))

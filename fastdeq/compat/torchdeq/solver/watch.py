@@ -31,6 +31,7 @@ class Watch:
     Args:
         f: the map, or its damped steps.
         start: where nothing was evaluated, or nothing finite came of it, this is returned.
+        samples: how many there are: B, or more where they are one row together.
         tol: converged is a residual below it, that of ``stop_mode``, "abs" or "rel".
         indexing: after which steps states are kept, None: none.
         before: evaluations that do not count as steps.
@@ -43,6 +44,7 @@ class Watch:
         self,
         f: Callable[[Tensor], Tensor],
         start: Tensor,
+        samples: int,
         tol: float,
         stop_mode: str,
         indexing: Sequence[int] | None = None,
@@ -56,25 +58,29 @@ class Watch:
         self._before, self._traced_from, self._final = before, traced_from, final
         self._indexing = tuple(indexing or ())
         self._residuals: dict[str, list[Tensor]] = {"abs": [], "rel": []}
-        self._lowest = start.new_full((len(start),), torch.inf)
-        self._count = DelayedCount(start.device, len(start))
+        self._samples = samples
+        self._lowest = start.new_full((samples,), torch.inf)
+        self._count = DelayedCount(start.device, samples)
         self._kept: dict[int, Tensor] = {}
         self.best = start
 
     def __call__(self, point: Tensor) -> Tensor:
         value = self._f(point)
-        absolute = torch.linalg.vector_norm(value - point, dim=1)
+        absolute = self._norm(value - point)
         if self._damping != 1.0:
             absolute = absolute / self._damping
-        relative = absolute / (torch.linalg.vector_norm(value, dim=1) + RESIDUAL_EPS)
+        relative = absolute / (self._norm(value) + RESIDUAL_EPS)
         self._residuals["abs"].append(absolute)
         self._residuals["rel"].append(relative)
         residual = absolute if self._mode == "abs" else relative
-        better = residual < self._lowest  # never where it is NaN
+        together = self._samples > len(value)  # samples of different steps would not fit each other
+        judged = residual.amax().expand_as(residual) if together else residual
+        better = judged < self._lowest  # never where it is NaN
         if self._final:
             better = torch.ones_like(better)
-        self.best = torch.where(better.unsqueeze(1), value, self.best)
-        self._lowest = torch.where(better, residual, self._lowest)
+        rows = better[:1] if together else better
+        self.best = torch.where(rows.unsqueeze(1), value, self.best)
+        self._lowest = torch.where(better, judged, self._lowest)
         step = len(self._residuals["abs"]) - self._before
         if step in self._indexing:
             self._kept[step] = self.best
@@ -82,6 +88,10 @@ class Watch:
         if not self._final and not self._count.left(residual >= self._tol):
             raise FinishedError
         return value
+
+    def _norm(self, rows: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(rows.reshape(self._samples, -1), dim=1)
+        return norm
 
     def states(self) -> list[Tensor]:
         """The best states after the steps that were asked for, or at the end of a shorter solve."""

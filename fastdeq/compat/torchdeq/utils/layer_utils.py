@@ -30,6 +30,8 @@ class StateMap:
                 "the start must be a tensor, or a tuple or list of them, not "
                 f"{type(self.z_init).__name__}."
             )
+        #: Whether the samples of a batch are known to depend on each other.
+        self.coupled = False
         #: How parts lie in rows; None where the state is one tensor.
         self.packing: Packing | None = None
         if not isinstance(self.z_init, Tensor):
@@ -44,16 +46,21 @@ class StateMap:
         """What a solver iterates, of a tensor or of parts."""
         return z if self.packing is None else self.packing.pack(tuple(z), "the function")
 
+    def state_of(self, z: Tensor) -> Any:
+        """The tensor, or a tuple of parts, of what a solver iterates."""
+        return z if self.packing is None else self.packing.unpack(z)
+
     def vec2list(self, z: Tensor) -> Any:
         """The tensor, or the list of parts, of what a solver iterates."""
-        return z if self.packing is None else list(self.packing.unpack(z))
+        state = self.state_of(z)
+        return state if self.packing is None else list(state)
 
     def detach(self, z: Tensor) -> Tensor:
         """z without its graph."""
         return z.detach()
 
     def __call__(self, z: Tensor, tau: float = 1.0) -> Tensor:
-        value: Tensor = self.list2vec(self.of_state(self.vec2list(z)))
+        value: Tensor = self.list2vec(self.of_state(self.state_of(z)))
         return value if tau == 1.0 else z + tau * (value - z)
 
     def norm_diff(self, z_new: Tensor, z_old: Tensor, show_list: bool = False) -> Any:
