@@ -45,6 +45,12 @@ cell, x, criterion = AffineCell(8, 16), torch.randn(4, 8), torch.sum
     run(setting + limit + penalty + "loss.backward()", tmp_path)
 
 
+def test_the_example_in_torchdeqs_names_runs_as_printed(tmp_path):
+    (example,) = examples("docs/migrating.md")
+    printed = run(example, tmp_path)
+    assert printed.startswith("torch.Size([8, 16]) ['abs_lowest', 'abs_trace', 'nstep'")
+
+
 def test_readme_example_runs_as_printed(tmp_path):
     (example,) = examples("README.md")
     assert len(example.splitlines()) <= 12

@@ -19,6 +19,7 @@ ROOMS = (
     "__main__",
     PACKAGE,
     "study",
+    "compat",
     "diagnostics",
     "trajectory",
     "layer",

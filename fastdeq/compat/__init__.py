@@ -1,0 +1,1 @@
+"""Other packages' interfaces on this package's solvers and gradients."""
