@@ -34,6 +34,7 @@ from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of, zeroed
 from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
+from .solve.sharding import refuse_sharded
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
 from .solve.why_general import why_general
 from .solvers import Solver
@@ -211,6 +212,7 @@ class DEQLayer(Recorded):
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
         refuse_keywords(cell, keywords)
+        refuse_sharded((cell,))
         leading = leading_of(cell, x)
         record: Any = self._record
         if leading is not None:
