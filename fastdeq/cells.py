@@ -104,6 +104,12 @@ class AffineCell(nn.Module):
     def _check_tags(self, module: nn.Module, weight: Tensor) -> None:
         if torch.compiler.is_compiling() or weight.is_meta:
             return
+        if weight.numel() and type(weight) is Tensor and not weight.untyped_storage().size():
+            raise RuntimeError(
+                f"the memory of the W that {type(module).__name__} returned is free: fully_shard "
+                "frees what it gathered for a module once that has returned, and this one returned "
+                "its parameter. Shard the layer as a whole: fully_shard(layer)."
+            )
         statement = stated(module)
         if "symmetric" in statement.tags and not statement.bitwise_symmetric:
             if not weight.isfinite().all():

@@ -21,10 +21,11 @@ from .options import (
 )
 from .solution import Solution
 from .solve.cell_map import CellMap
-from .solve.checked_maps import with_the_code_of
+from .solve.checked_maps import modules_of, with_the_code_of
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.record import OnSolution, check_watching
+from .solve.sharding import refuse_sharded
 from .solve.spec import Specs
 from .solvers import Solver, Structure
 
@@ -114,6 +115,7 @@ def fixed_point(
 
     check_watching(0, on_solution)
     specs = Specs(options, Structure())
+    refuse_sharded(modules_of(f))
     whole = CellMap.of_call(f, z0, options)
     z, solution = solve_map(whole, z0, specs, report, with_the_code_of(f), f)
     if on_solution is not None:

@@ -35,6 +35,7 @@ from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of, zeroed
 from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
+from .solve.sharding import refuse_sharded
 from .solve.start import EXPLAINED, check_start, explain_start, refuse_batch_dim, start_for
 from .solve.why_general import why_general
 from .solvers import Solver
@@ -95,8 +96,7 @@ class DEQLayer(Recorded):
             the fused operations.
         on_failure: when samples do not converge: "warn" (once per layer for each direction),
             "raise" (``ConvergenceError``) or "ignore". Not looked at inside ``torch.compile``.
-        keep_solutions: how many solutions of each direction :attr:`solutions` remembers, for layers
-            that are called many times in a step.
+        keep_solutions: how many solutions of each direction :attr:`solutions` remembers.
         on_solution: a function of "forward" or "adjoint" and a :class:`Solution`, called after each
             solve, before ``on_failure``; not inside ``torch.compile``.
 
@@ -214,8 +214,8 @@ class DEQLayer(Recorded):
     ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
-        if keywords:
-            refuse_keywords(cell, keywords)
+        refuse_keywords(cell, keywords)
+        refuse_sharded((cell,))
         leading = leading_of(cell, x) if isinstance(cell, AffineCell) else None
         record: Any = self._record
         if leading is not None:

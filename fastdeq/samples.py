@@ -153,13 +153,27 @@ def memory_order(t: Tensor) -> tuple[int, ...] | None:
     return (0, *range(2, t.dim()), 1)
 
 
+def refuse_distributed(t: Tensor, what: str) -> None:
+    """Raises TypeError where t is a ``DTensor``: each process solves for samples of its own."""
+    if type(t) is not Tensor and hasattr(t, "full_tensor"):
+        raise TypeError(
+            f"{what} of this solve is a DTensor. A process solves for its own samples: pass those, "
+            "t.to_local() where the samples are distributed, or all of them, t.full_tensor()."
+        )
+
+
 def plain_tensor(t: Tensor) -> Tensor:
     """t itself, or the same values as a plain tensor where its class adds Python methods to one.
 
-    A class that stores something else than values (distributed, fake, nested) is left alone."""
+    A class that stores something else than values (fake, nested) is left alone.
+
+    Raises:
+        TypeError: a ``DTensor``.
+    """
     kind = type(t)
     if kind is Tensor or kind is nn.Parameter:
         return t
+    refuse_distributed(t, "a tensor")
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return t
     with torch._C.DisableTorchFunctionSubclass():

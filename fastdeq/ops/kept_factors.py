@@ -8,6 +8,7 @@ every in-place operation but not one on ``matrix.data``.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,10 +52,21 @@ def compares_entries(raw: Tensor) -> bool:
 
 def version_of(t: Tensor) -> tuple[Any, ...]:
     """Dtype, device, shape, address, stream and version: the same ones, the same tensor unchanged,
-    but for writes to ``t.data``."""
+    but for writes to ``t.data``; with a version of None where that says nothing."""
     # With the stream: another would read without waiting. Inference tensors have no version.
     at = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
-    return t.dtype, t.device, t.shape, t.data_ptr(), at, None if t.is_inference() else t._version
+    unknown = t.is_inference() or _may_be_gathered(t)
+    return t.dtype, t.device, t.shape, t.data_ptr(), at, None if unknown else t._version
+
+
+def _may_be_gathered(t: Tensor) -> bool:
+    """Whether t may be what ``fully_shard`` gathers anew for each call, perhaps to the same address
+    and never with another version. Where entries are compared that is no matter."""
+    return (
+        not compares_entries(t)
+        and "torch.distributed.fsdp" in sys.modules
+        and torch.distributed.is_initialized()
+    )
 
 
 class FactorMemory:

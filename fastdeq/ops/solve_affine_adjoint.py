@@ -107,6 +107,13 @@ def unit_rows(grad: Tensor, least: Tensor | None = None) -> UnitRows:
     return UnitRows(unit, norm, largest)
 
 
+def as_they_are(grad: Tensor) -> UnitRows:
+    """Rows that are not scaled: those of other processes, in an equation that they solve together,
+    would be scaled differently. For counts that no residual ends."""
+    one = torch.where(grad.isfinite().all(1, keepdim=True), 1.0, torch.nan).to(grad.dtype)
+    return UnitRows(grad, one, torch.ones_like(one))
+
+
 def reference(weight: Tensor, slope: Tensor, grad: Tensor, options: SolveOptions) -> Outputs:
     """The solve in plain PyTorch: the loop around one product with W."""
     dtype = working_dtype(weight, slope, grad)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..ops.solve_affine_adjoint import unit_rows
+from ..ops.solve_affine_adjoint import as_they_are, unit_rows
 from ..ops.solve_common import expanded_zeros
 from ..solution import Solution
 from .adjoint_limit import limits_adjoint
 from .batched_gradients import as_one, is_batched
 from .closure import cut_above, evaluate, placed_above, same_closure
 from .compaction import autocasts
+from .sharding import distributed_now
 from .spec import Map, Report, SolveSpec, ignore, without_first
 from .unfinished import Product, Unfinished
 
@@ -131,7 +132,8 @@ def _solve_adjoint(
             return product
         return Unfinished(product, narrow, len(at), asks_value=False)
 
-    unit = unit_rows(grad)
+    together = spec.options.fixed_iterations and distributed_now()
+    unit = as_they_are(grad) if together else unit_rows(grad)
     if theta is None and spec.is_compiled(grad) and (scale := unit.factors()) is not None:
         norm, largest = unit.norm, unit.largest
         del unit

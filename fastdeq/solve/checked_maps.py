@@ -107,6 +107,11 @@ def _forget(anchor: _Same) -> None:
     _by_code.pop(anchor, None)
 
 
+def modules_of(f: Any) -> list[nn.Module]:
+    """The modules that f holds or names."""
+    return _contents(f)[1]
+
+
 def _key(f: Any) -> tuple[Any, ...] | None:
     """What makes f the map it is; None where f cannot be known again."""
     codes, modules = _contents(f)

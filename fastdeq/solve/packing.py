@@ -18,6 +18,7 @@ from ..samples import (
     batch_shape,
     from_rows,
     memory_order,
+    refuse_distributed,
     resolve,
 )
 from .state_tree import StateTree, tensors_of
@@ -53,6 +54,7 @@ class Packing:
         parts = tensors_of(example)
         self._pairs = [1 if p.is_floating_point() else 2 for p in parts]
         for p, numbers in zip(parts, self._pairs, strict=True):
+            refuse_distributed(p, "the state")
             if numbers == 2 and not p.is_complex():
                 raise TypeError(
                     f"the state has dtype {p.dtype}; it must be floating point or complex."

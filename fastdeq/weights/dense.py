@@ -8,6 +8,15 @@ import torch
 from torch import Tensor, nn
 
 
+def whole(t: Tensor) -> Tensor:
+    """A parameter, gathered where it is distributed (a ``DTensor``), as the solve needs all of W;
+    its gradient is distributed again."""
+    if type(t) is nn.Parameter or type(t) is Tensor or not hasattr(t, "full_tensor"):
+        return t
+    gathered: Tensor = t.full_tensor()
+    return gathered
+
+
 class Dense(nn.Module):
     """Independent normal entries of variance ``scale^2 / d``.
 
@@ -42,7 +51,7 @@ class Dense(nn.Module):
         return None
 
     def forward(self) -> Tensor:
-        return self.weight
+        return whole(self.weight)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, scale={self.scale}"
@@ -75,7 +84,8 @@ class Structured(Dense):
         raise TypeError(f"{type(self).__name__} does not define compose")
 
     def forward(self) -> Tensor:
-        return self.compose(self.weight) if self.parametrized else self.weight
+        weight = whole(self.weight)
+        return self.compose(weight) if self.parametrized else weight
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, parametrized={self.parametrized}"
