@@ -178,12 +178,12 @@ def main() -> None:
         "--channels", nargs=3, type=int, default=(16, 24, 32), help="multiples of 4"
     )
     parser.add_argument("--penalty", type=float, default=0.2, help="on the Jacobian; 0: none")
-    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--seed", type=int, default=0, help="of the split, weights and batches")
     # Two threads are faster on free cores, and many times slower where another process is busy.
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default="multiscale.png", help="where the picture goes")
-    parser.add_argument("--quick", action="store_true", help="20 steps: some seconds")
+    parser.add_argument("--quick", action="store_true", help="12 steps: some seconds")
     args = parser.parse_args()
     if not args.out.parent.is_dir():
         parser.error(f"--out: there is no folder {args.out.parent}")
@@ -195,7 +195,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = Classifier(tuple(args.channels), gradient)
         begin = time.perf_counter()
-        losses[gradient] = train(model, data, 20 if args.quick else args.steps, args.penalty)
+        losses[gradient] = train(model, data, 12 if args.quick else args.steps, args.penalty)
         print(f"{gradient} gradient, {time.perf_counter() - begin:.0f} s")
         report(model, data)
     picture(args.out, losses, model, data.x_test[:1].view(1, 1, 8, 8))

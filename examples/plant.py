@@ -212,9 +212,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data and the weights")
     parser.add_argument("--rounds", type=int, default=7, help="of the timing; 0: none")
     parser.add_argument("--out", type=Path, default="plant.png", help="where the picture goes")
-    parser.add_argument("--quick", action="store_true", help="30 steps, one round: some seconds")
+    parser.add_argument("--quick", action="store_true", help="15 steps, one round: some seconds")
     args = parser.parse_args()
-    steps, rounds = (30, 1) if args.quick else (args.steps, args.rounds)
+    steps, rounds = (15, 1) if args.quick else (args.steps, args.rounds)
     if not args.out.parent.is_dir():
         parser.error(f"--out: there is no folder {args.out.parent}")
     torch.manual_seed(args.seed)
