@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from paths import ROOT
+from run_example import run_example as run
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-
-EXAMPLES = ROOT / "examples"
-
-
-def run(name: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
-    # One thread: two that spin at barriers take many times as long where cores are shared.
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *options],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
 
 
 def test_digits(tmp_path):
