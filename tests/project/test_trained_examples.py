@@ -120,11 +120,15 @@ def test_graph_network_contracts():
     graph = import_example("graph")
     torch.manual_seed(0)
     adjacency = graph.neighbour_graph(torch.randn(40, 3), 4)
-    eigenvalues = torch.linalg.eigvalsh(adjacency.to_dense().double())
+    eigenvalues, vectors = torch.linalg.eigh(adjacency.to_dense().double())
     assert eigenvalues.abs().max() <= 1 + 1e-6
     cell = graph.Propagation(adjacency, 8, scale=0.9)
-    a, b, x = torch.randn(3, 40, 8)
-    assert (cell(a, x) - cell(b, x)).norm() <= 0.9 * (1 + 1e-5) * (a - b).norm()
+    # Where every unit is active, the eigenvector of 1 shrinks by the scale, and nothing by less.
+    along = vectors[:, -1:].float() * torch.randn(8)
+    for step in (along, torch.randn(40, 8)):
+        moved = cell(step, torch.tensor(20.0)) - cell(torch.zeros(40, 8), torch.tensor(20.0))
+        assert moved.norm() <= 0.9 * (1 + 1e-4) * step.norm()
+    assert cell.weight.norm_bound() == 0.9
 
 
 def test_label_spreading_is_the_linear_solve():
