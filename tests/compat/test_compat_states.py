@@ -172,3 +172,54 @@ def test_a_call_may_say_how_long_and_how():
         torch.testing.assert_close(our_info["nstep"], their_info["nstep"])
     info = ours.get_deq()(problem, problem.start, solver_kwargs={"f_tol": 1e-9})[1]
     assert (info["abs_lowest"] < 1e-9).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_traces_and_counts_are_those_of_the_evaluations(solver):
+    """torchdeq's Anderson does not count its first two evaluations, nor its Broyden the first."""
+    problem, seen = Problem(batch=1, dtype=torch.float64), []
+
+    def f(z):
+        value = problem(z)
+        seen.append((value - z).norm(dim=1))
+        return value
+
+    before = 1 if solver == "broyden" else 0
+    for tol, simple in ((0.0, True), (1e-4, False)):
+        seen.clear()
+        info = ours.get_solver(solver)(f, problem.start, max_iter=9, tol=tol)[2]
+        assert info["nstep"].item() == len(seen) - before
+        if solver == "simple_fixed_point_iter":
+            torch.testing.assert_close(info["abs_trace"], seen[-1:][0].unsqueeze(0))
+            continue
+        if simple:
+            assert len(seen) == 9 + before
+        first = {"anderson": 2, "broyden": 1}.get(solver, 0)
+        torch.testing.assert_close(
+            info["abs_trace"][0, 1 : 1 + len(seen) - first], torch.cat(seen[first:])
+        )
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_the_best_state_of_a_solve_that_diverges(final):
+    x = torch.rand(3, 2, dtype=torch.float64)
+    how = {"max_iter": 8, "indexing": [2, 5, 8], "return_final": final}
+    found = []
+    for package in (theirs, ours):
+        solver = package.get_solver("fixed_point_iter")
+        z, along, info = solver(lambda z: x - 1.3 * z, torch.zeros_like(x), **how)
+        found.append((z, along, info["nstep"], info["abs_lowest"], info["abs_trace"]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(("mode", "most"), [("abs", 0.02), ("rel", 0.6)])
+def test_what_the_tolerance_of_an_implicit_gradient_means(mode, most):
+    """``u = g + 0.99 u`` is 100 g. A residual r leaves an error of 100 r: with r of 0.01 |g| that
+    is 1 % of u, and with 0.01 |u| so much more that the solve ends at half of it."""
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    deq = ours.get_deq(ift=True, b_tol=1e-2, b_stop_mode=mode, b_max_iter=2000, f_max_iter=2000)
+    z = deq(lambda z: 0.99 * z + x, torch.zeros_like(x))[0][-1]
+    for scale in (1.0, 1e-6):  # of the gradient that arrives
+        (found,) = torch.autograd.grad(scale * z.sum(), x, retain_graph=True)
+        error = (1 - found / (100 * scale)).abs().max()
+        assert most / 3 < error < most

@@ -160,12 +160,12 @@ def are_coupled(trainer: Any, func: StateMap, z: Tensor) -> bool:
         return True
     state = func.state_of(z)
     packing = Packing(state)
-    packing.copies = True
     rows = packing.pack(state)
     checked = getattr(trainer, "checked_maps", None) or with_the_code_of(func.func)
     check = checked.check_of(func.func, 0, packing.ndims, rows)
     if check is None:
         return False
+    packing.copies = True
     try:
         with Eagerly():
             check(packing.rowwise(func.of_state))
