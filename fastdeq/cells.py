@@ -102,7 +102,8 @@ class AffineCell(nn.Module):
         return plain_tensor(weight)
 
     def _check_tags(self, module: nn.Module, weight: Tensor) -> None:
-        if torch.compiler.is_compiling() or weight.is_meta:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if torch.compiler.is_compiling() or weight.is_meta or wrapped(weight):
             return
         if weight.numel() and type(weight) is Tensor and not weight.untyped_storage().size():
             raise RuntimeError(

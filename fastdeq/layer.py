@@ -32,7 +32,6 @@ from .solve.eager import outside_graphs
 from .solve.general import solve_map
 from .solve.leading import Leading, LeadingRecord, leading_of
 from .solve.nonfinite import finite_samples, mark_nonfinite, samples_of, zeroed
-from .solve.pinned import pinned
 from .solve.record import OnSolution
 from .solve.recorded import Recorded
 from .solve.sharding import refuse_sharded
@@ -228,7 +227,7 @@ class DEQLayer(Recorded):
             explain_start(cell, z0, x, batch_dim)
         specs, report = self._specs_for(self._structure()), record.receive_adjoint
         record.forward = None  # the one before need not take memory meanwhile
-        f = CellMap.of_call(pinned(cell), start, self.options, (x, *context), keywords, name)
+        f = CellMap.of_call(cell, start, self.options, (x, *context), keywords, name)
         try:
             z, solution = solve_map(
                 f,

@@ -55,7 +55,7 @@ def solve_affine(
         c = torch.where(finite, injection, torch.nan)  # every engine ends such samples at once
         start = None if start is None else torch.where(finite, start, 0.0)
     if transformed.is_active():
-        return transformed.solve_affine(weight, c, start, activation, specs, report)
+        return transformed.solve_affine(weight, injection, start, activation, specs, report, finite)
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
     if needs_grad and specs.options.gradient == "implicit":
         specs.forward.engine(c, weight, start)

@@ -21,6 +21,7 @@ from ..options import Options
 from ..samples import Compact, take
 from .arguments import in_order
 from .eager import Eagerly
+from .pinned import pinned
 from .randomness import Replay
 from .state_tree import described
 
@@ -65,6 +66,10 @@ class CellMap:
             return self.cell(state, *self.arguments, **self.keywords)
         value = self._evaluated(state)
         return _pair(value)[0] if self.has_aux else value
+
+    def pinned(self) -> CellMap:
+        """The same with the tensors that the cell has now, whatever is in their places later."""
+        return replace(self, cell=pinned(self.cell))
 
     def auxiliary(self, state: Any) -> Any:
         """What the cell returns beside the state, evaluated at one that its caller may write to;

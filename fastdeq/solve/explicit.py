@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_get_level
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -35,6 +36,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._inside: dict[int, Tensor] = {id(z): z}  # kept: a number may be given again
         self.outside: dict[int, Tensor] = {}
+        here = torch._C._functorch.peek_interpreter_stack()
+        self._level = -1 if here is None else here.level()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -42,7 +45,7 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves((args, kwargs)):
             known = not isinstance(t, Tensor) or id(t) in self._inside or id(t) in self.outside
-            if not known and is_transformed(t):
+            if not known and is_transformed(t) and maybe_get_level(t) <= self._level:
                 self.outside[id(t)] = t
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and id(t) not in self.outside:
@@ -83,7 +86,31 @@ class ExplicitMap:
 
 def explicit(f: Map, z: Tensor) -> ExplicitMap:
     """``f``, rows ``(B, n)`` to rows, with the tensors that it closes over as arguments, as far as
-    a transform or a derivative follows them; found in one evaluation at z."""
+    a transform or a derivative follows them; found in one evaluation at z, and checked in another.
+
+    Raises:
+        RuntimeError: f depends on a tensor in a way that cannot be seen.
+    """
     with torch.no_grad(), _Watch(z) as watch:
         f(z)
-    return ExplicitMap(f, list(watch.outside.values()))
+    found = ExplicitMap(f, list(watch.outside.values()))
+    with torch.enable_grad():
+        value = found(z.detach(), *[t.detach() for t in found.theta])
+    if _is_followed(value):
+        raise RuntimeError(
+            "the cell uses a tensor that is differentiated where torch.func cannot be told: in "
+            "TorchScript, in a transform of its own, or with __torch_function__ off. Under "
+            "torch.func and in forward mode a cell is made of PyTorch's operations, called from "
+            "Python; write that part so, or differentiate with torch.autograd."
+        )
+    return found
+
+
+def _is_followed(t: Tensor) -> bool:
+    """Whether a derivative of any level follows t."""
+    while True:
+        if t.requires_grad or forward_ad.unpack_dual(t).tangent is not None:
+            return True
+        if not torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = torch._C._functorch.get_unwrapped(t)

@@ -85,7 +85,9 @@ def _solve(
 
     differentiable = torch.is_grad_enabled()
     gradient, ends = specs.options.gradient, None
-    compaction = _compaction_of(f, packing, specs)
+    kept = f.pinned() if differentiable and isinstance(f, CellMap) else f
+    later = packing.rowwise(kept)  # for what is evaluated when gradients are asked for
+    compaction = _compaction_of(kept, packing, specs)
     if isinstance(gradient, Reversible) and not has_no_numbers(start):
         spec = replace(specs.forward, parts=packing.parts)
         solution, ends = reversible.solve(rows, start, spec, gradient, first)
@@ -104,13 +106,13 @@ def _solve(
             parts = None if compaction is None else compaction.parts(around)
             adjoint = replace(specs.adjoint, parts=packing.parts)
             adjoint = autograd.begun_after(adjoint, solution)
-            attached = autograd.attach(adjoint, report, around(rows), z, parts)
+            attached = autograd.attach(adjoint, report, around(later), z, parts)
         elif ends is not None:
-            attached = reversible.attach(around(rows), ends, specs.adjoint, report)
+            attached = reversible.attach(around(later), ends, specs.adjoint, report)
         elif gradient == "one_step" or has_no_numbers(z):
-            attached = autograd.one_step(rows, z)
+            attached = autograd.one_step(later, z)
         else:
-            attached = tracked_steps.attach(gradient, rows, start, solution)
+            attached = tracked_steps.attach(gradient, later, start, solution)
         if _none(solution.nonfinite):
             return attached
         return torch.where(solution.nonfinite.unsqueeze(1), z, attached)

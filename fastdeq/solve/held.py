@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .pinned import Pinned
+
 _FEW, _MANY = 1000, 50_000  # objects to look at
 _CODE = (FunctionType, MethodType, functools.partial)
 _PLAIN = frozenset((type(None), bool, int, float, str))
@@ -47,6 +49,8 @@ def held_tensors(f: Any, *, everywhere: bool = False) -> Iterator[Tensor]:
             stack += item.values()
         elif issubclass(kind, nn.Module) and not everywhere:  # a layer around a function
             stack += [part for part in vars(item).values() if type(part) in _CODE]
+        elif issubclass(kind, Pinned):
+            stack += (*item.made, item.cell)
         elif issubclass(kind, MethodType):
             stack += (item.__func__, item.__self__)
         elif issubclass(kind, functools.partial):

@@ -1,14 +1,13 @@
-"""A module with the tensors that ``torch.func.functional_call`` put in it.
+"""A module with the tensors that it has now.
 
-They are there during the call alone. The gradient of a solve evaluates the cell later, and has to
-see them again.
+``torch.func.functional_call`` puts others in their places, during its call alone. The gradient of a
+solve evaluates the cell later, and has to see those again.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +17,17 @@ from torch import Tensor, nn
 Place = tuple[dict[str, Any], str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
 class Pinned:
-    """``cell``, called with the tensors of ``places`` in their places."""
+    """``cell``, called with the tensors that it had when this was made.
 
-    cell: Callable[..., Any]
-    places: tuple[Place, ...]
+    ``made`` are those of them that have a ``grad_fn``.
+    """
+
+    def __init__(self, cell: Callable[..., Any]):
+        self.cell = cell
+        self._places: list[Place] = []
+        _collect(cell, self._places, set())
+        self.made = [t for _, _, t in self._places if t.grad_fn is not None]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._as_then():
@@ -36,36 +40,31 @@ class Pinned:
 
     @contextlib.contextmanager
     def _as_then(self) -> Iterator[None]:
-        before = [owner[name] for owner, name, _ in self.places]
-        for owner, name, t in self.places:
+        others = [p for p in self._places if p[0].get(p[1]) is not p[2]]
+        before = [owner.get(name) for owner, name, _ in others]
+        for owner, name, t in others:
             owner[name] = t
         try:
             yield
         finally:
-            for (owner, name, _), t in zip(self.places, before, strict=True):
-                owner[name] = t
+            for (owner, name, _), now in zip(others, before, strict=True):
+                owner[name] = now
 
 
 def pinned(cell: Any) -> Any:
-    """``cell``, or a :class:`Pinned` one where it is a module that has other tensors in the places
-    of parameters; without grad mode nothing evaluates it later."""
-    replaced = torch.is_grad_enabled() and isinstance(cell, nn.Module) and _is_replaced(cell)
-    if not replaced:
-        return cell
-    places = [
-        (owner, name, t)
-        for module in cell.modules()
-        for owner in (module._parameters, module._buffers)
-        for name, t in owner.items()
-        if t is not None
-    ]
-    return Pinned(cell, tuple(places))
+    """``cell``, as a :class:`Pinned` one where it is a module in Python."""
+    if isinstance(cell, nn.Module) and not isinstance(cell, torch.jit.ScriptModule):
+        return Pinned(cell)
+    return cell
 
 
-def _is_replaced(module: nn.Module) -> bool:
+def _collect(module: Any, places: list[Place], seen: set[int]) -> None:
     own = module.__dict__  # each call asks: without the lookups of nn.Module
-    for t in own["_parameters"].values():
-        if t is not None and type(t) is not nn.Parameter and not isinstance(t, nn.Parameter):
-            return True
-    parts = own["_modules"].values()
-    return bool(parts) and any(part is not None and _is_replaced(part) for part in parts)
+    seen.add(id(module))
+    for kind in ("_parameters", "_buffers"):
+        owner = own.get(kind)
+        if owner:
+            places += [(owner, name, t) for name, t in owner.items() if t is not None]
+    for part in (own.get("_modules") or {}).values():
+        if part is not None and id(part) not in seen:
+            _collect(part, places, seen)

@@ -26,6 +26,27 @@ def pullback(f: Callable[..., Any], *at: Tensor) -> Callable[[Any], tuple[Tensor
     return cast(Any, vjp(f, *at))[1]  # type: ignore[no-any-return]
 
 
+def gradients_of(
+    f: Callable[..., Any], at: Sequence[Tensor], cotangent: Tensor
+) -> list[Tensor | None]:
+    """Vector-Jacobian products of f for those of ``at`` that are real or complex numbers; None for
+    others, as masks and indices are."""
+    moving = [i for i, t in enumerate(at) if t.is_floating_point() or t.is_complex()]
+
+    def of_moving(*values: Tensor) -> Any:
+        whole = list(at)
+        for i, value in zip(moving, values, strict=True):
+            whole[i] = value
+        return f(*whole)
+
+    found: list[Tensor | None] = [None] * len(at)
+    if moving:
+        pulled = pullback(of_moving, *[at[i] for i in moving])(cotangent)
+        for i, t in zip(moving, pulled, strict=True):
+            found[i] = t
+    return found
+
+
 def pushforward(f: Callable[..., Tensor], *at: Tensor) -> Callable[..., Tensor]:
     """Jacobian-vector products of f, one factor for each argument.
 
@@ -42,8 +63,8 @@ class Rows(Protocol):
 
     def f(self, z: Tensor, *theta: Tensor) -> Tensor: ...
 
-    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> Tensor:
-        """``z = f(z, *theta)``."""
+    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """z of ``z = f(z, *theta)``, and which samples ended NONFINITE ``(B,)`` bool."""
         ...
 
     def solve_linear(
@@ -76,12 +97,11 @@ class GeneralRows:
     def f(self, z: Tensor, *theta: Tensor) -> Tensor:
         return self.map(z, *theta)
 
-    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             solution = self.forward.iterate(lambda z: self.map(z, *theta), start.detach())
         self.report(solution)
-        value: Tensor = solution.value.clone()
-        return value
+        return solution.value.clone(), solution.nonfinite
 
     def solve_linear(
         self, transpose: bool, g: Tensor, z: Tensor, theta: Sequence[Tensor]
@@ -111,7 +131,7 @@ class GeneralRows:
             u = unit.restore(solution.value.clone())
         u = torch.where(g.isfinite().all(1, keepdim=True), u, torch.nan)
         if self.adjoint.limit is None:
-            self.report_adjoint(solution.with_value(u))
+            self.report_adjoint(solution.with_value(u.detach().clone()))
             return u
         report(solution)
         return limited(report, u, g, self.adjoint.limit)
@@ -146,12 +166,13 @@ class AffineRows:
         weight, c = theta
         return ACTIVATIONS[self.activation].function(torch.addmm(c, z, weight.t()))
 
-    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    def solve(self, start: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         weight, c = (t.detach() for t in theta)
         spec = self.specs.forward
         outputs = spec.forward(weight, c, start.detach(), self.activation, False, None)
-        self.report(spec.solution(outputs, self.specs.structure.contraction))
-        return outputs[0].clone()
+        solution = spec.solution(outputs, self.specs.structure.contraction)
+        self.report(solution)
+        return outputs[0].clone(), solution.nonfinite
 
     def solve_linear(
         self, transpose: bool, g: Tensor, z: Tensor, theta: Sequence[Tensor]

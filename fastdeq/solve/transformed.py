@@ -26,9 +26,19 @@ from torch.autograd import Function, forward_ad
 from ..solution import Solution
 from . import transformed_steps
 from .batched_gradients import tangent_of
+from .cell_map import CellMap
+from .eager import Eagerly
 from .explicit import explicit
 from .packing import Packing
-from .problems import AffineRows, GeneralRows, Rows, pullback, pushforward, remembered
+from .problems import (
+    AffineRows,
+    GeneralRows,
+    Rows,
+    gradients_of,
+    pullback,
+    pushforward,
+    remembered,
+)
 from .spec import Report, Specs
 
 
@@ -42,48 +52,53 @@ def is_active() -> bool:
 
 
 class FixedPointOf(Function):
-    """z* ``(B, n)`` of a problem, from a start, as a function of theta."""
+    """z* ``(B, n)`` of a problem, from a start, as a function of theta; and which samples ended
+    NONFINITE ``(B,)`` bool."""
 
     @staticmethod
-    def forward(problem: Rows, start: Tensor, *theta: Tensor) -> Tensor:
+    def forward(problem: Rows, start: Tensor, *theta: Tensor) -> tuple[Tensor, Tensor]:
         return problem.solve(start, theta)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.problem, _, *theta = inputs
-        ctx.save_for_backward(output, *theta)
-        ctx.save_for_forward(output, *theta)
+        z, failed = output
+        ctx.save_for_backward(z, *theta)
+        ctx.save_for_forward(z, *theta)
+        ctx.mark_non_differentiable(failed)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _failed: None) -> tuple[Tensor | None, ...]:
         z, *theta = ctx.saved_tensors
         if grad is None or not theta:
             return (None,) * (2 + len(theta))
         problem = ctx.problem
         u = LinearSolveOf.apply(problem, True, grad, z, *theta)
-        pull = pullback(lambda *theta: problem.f(z, *theta), *theta)
-        return None, None, *pull(u)
+        return None, None, *gradients_of(lambda *theta: problem.f(z, *theta), theta, u)
 
     @staticmethod
-    def jvp(ctx: Any, _problem: None, _start: Tensor | None, *moved: Tensor | None) -> Tensor:
+    def jvp(
+        ctx: Any, _problem: None, _start: Tensor | None, *moved: Tensor | None
+    ) -> tuple[Tensor, None]:
         problem, (z, *theta) = ctx.problem, _primals(ctx)
 
         def tangent(*moved: Tensor | None) -> tuple[Tensor]:
             h = _pushed(lambda *theta: problem.f(z, *theta), theta, moved)
             return (LinearSolveOf.apply(problem, False, _or_zeros(h, z), z, *theta),)
 
-        return tangent_of(tangent, *moved)
+        return tangent_of(tangent, *moved), None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], problem: Rows, start: Tensor, *theta: Tensor
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         how = (info.batch_size, info.randomness)
         many, theta = problem.batched(*how, in_dims[2:], theta)
         rows = _folded(start, in_dims[1], info.batch_size)
-        z = FixedPointOf.apply(many, rows, *theta)
-        return z.unflatten(0, (info.batch_size, -1)), 0
+        z, failed = FixedPointOf.apply(many, rows, *theta)
+        shape = (info.batch_size, -1)
+        return (z.unflatten(0, shape), failed.unflatten(0, shape)), (0, 0)
 
 
 class LinearSolveOf(Function):
@@ -114,7 +129,7 @@ class LinearSolveOf(Function):
             total: Tensor = (pull(left)[0] * right).sum()
             return total
 
-        return None, None, w, *pullback(bilinear, z, *theta)(u.new_ones(()))
+        return None, None, w, *gradients_of(bilinear, [z, *theta], u.new_ones(()))
 
     @staticmethod
     def jvp(
@@ -195,28 +210,48 @@ def solve_map(
     packing = Packing(z0, specs.options.batch_dim)
     packing.copies = True  # what a transform sees has no versions
     start = packing.pack(z0).detach()
-    by_rows = explicit(packing.rowwise(f), start)
+    rows = packing.rowwise(f.pinned() if isinstance(f, CellMap) else f)
+
+    def eager(z: Tensor) -> Tensor:
+        with Eagerly():  # compiled code cannot be transformed
+            return rows(z)
+
+    by_rows = explicit(eager, start)
     here, last = remembered(lambda _: None)
     parts = packing.parts
     sides = replace(specs.forward, parts=parts), replace(specs.adjoint, parts=parts)
     problem = GeneralRows(by_rows, *sides, here, report)
-    z = FixedPointOf.apply(problem, start, *by_rows.theta)
-    if specs.options.gradient != "implicit":
-        z = transformed_steps.attach(specs.options.gradient, by_rows.f, start, z, last[-1])
+    z = _attached(problem, start, by_rows.theta, specs.options.gradient, last)
     return packing.unpack(z), last[-1]
 
 
 def solve_affine(
-    weight: Tensor, c: Tensor, start: Tensor | None, activation: str, specs: Specs, report: Report
+    weight: Tensor,
+    c: Tensor,
+    start: Tensor | None,
+    activation: str,
+    specs: Specs,
+    report: Report,
+    finite: Tensor | None,
 ) -> tuple[Tensor, Solution]:
-    """As ``affine.solve_affine``, under transforms."""
+    """As ``affine.solve_affine``, under transforms; samples that are not ``finite`` ``(B, 1)`` are
+    zero."""
     here, last = remembered(lambda _: None)
     problem = AffineRows(activation, specs, here, report)
+    c = c if finite is None else torch.where(finite, c, 0.0)
     start = torch.zeros_like(c) if start is None else start
-    z = FixedPointOf.apply(problem, start.detach(), weight, c)
-    if specs.options.gradient != "implicit":
-        gradient = specs.options.gradient
-        z = transformed_steps.attach(
-            gradient, lambda z: problem.f(z, weight, c), start, z, last[-1]
+    z = _attached(problem, start.detach(), [weight, c], specs.options.gradient, last)
+    return z if finite is None else torch.where(finite, z, 0.0), last[-1]
+
+
+def _attached(
+    problem: Rows, start: Tensor, theta: list[Tensor], gradient: Any, last: list[Solution]
+) -> Tensor:
+    """The solution, differentiated as ``gradient`` says; constant for samples that failed."""
+    z, failed = FixedPointOf.apply(problem, start, *theta)
+    found = z
+    if gradient != "implicit":
+        found = transformed_steps.attach(
+            gradient, lambda z: problem.f(z, *theta), start, z, failed.unsqueeze(1), last[-1]
         )
-    return z, last[-1]
+    return torch.where(failed.unsqueeze(1), z.detach(), found)

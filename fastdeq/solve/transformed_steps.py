@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..gradients import Phantom, Reversible, Truncated
@@ -17,10 +18,15 @@ from ..solution import Solution
 
 
 def attach(
-    gradient: Any, f: Callable[[Tensor], Tensor], start: Tensor, z: Tensor, solution: Solution
+    gradient: Any,
+    f: Callable[[Tensor], Tensor],
+    start: Tensor,
+    z: Tensor,
+    failed: Tensor,
+    solution: Solution,
 ) -> Tensor:
     """The end of the steps that ``gradient`` differentiates, rows ``(B, n)``, from ``start`` and
-    z, where the solve ended.
+    z, where the solve ended; samples that ``failed`` ``(B, 1)`` stay where they are.
 
     Raises:
         ValueError: a reversible gradient, which runs its steps backwards.
@@ -35,17 +41,20 @@ def attach(
         value = f(z)
         return value + (z - value).detach()
     if isinstance(gradient, Phantom):
-        return _steps(f, z, gradient.steps, gradient.damping)
+        return _steps(f, z, failed, gradient.steps, gradient.damping)
     made, damping = int(solution.iterations.max()), solution.solver.damping
     tracked = min(gradient.steps, made) if isinstance(gradient, Truncated) else made
-    z = start.detach()
+    z = torch.where(failed, z, start.detach())
     for _ in range(made - tracked):
-        z = _steps(f, z, 1, damping).detach()
-    return _steps(f, z, tracked, damping)
+        z = _steps(f, z, failed, 1, damping).detach()
+    return _steps(f, z, failed, tracked, damping)
 
 
-def _steps(f: Callable[[Tensor], Tensor], z: Tensor, count: int, damping: float) -> Tensor:
+def _steps(
+    f: Callable[[Tensor], Tensor], z: Tensor, failed: Tensor, count: int, damping: float
+) -> Tensor:
     for _ in range(count):
         value = f(z)
-        z = value if damping == 1.0 else z + damping * (value - z)
+        following = value if damping == 1.0 else z + damping * (value - z)
+        z = torch.where(failed, z, following)
     return z

@@ -14,10 +14,13 @@ from paths import ROOT
 EXAMPLES = ROOT / "examples"
 
 
-def run_example(name: str, *options: str, cwd: Path) -> subprocess.CompletedProcess:
+def run_example(
+    name: str, *options: str, cwd: Path, launch: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    """Runs it with those options, by the modules and options ``launch`` of Python."""
     # One thread: two that spin at barriers take many times as long where cores are shared.
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *options],
+        [sys.executable, *launch, str(EXAMPLES / name), *options],
         capture_output=True,
         text=True,
         timeout=200,

@@ -54,16 +54,8 @@ def test_distributed(tmp_path):
     """Two processes that meet at a port which is free, and one, reach the same model."""
     losses = []
     for count in (2, 1):
-        launch = ("torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
-        done = subprocess.run(
-            [sys.executable, "-m", *launch, str(EXAMPLES / "distributed.py"), "--steps", "5"],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
+        done = run("distributed.py", "--steps", "5", cwd=tmp_path, launch=launch)
         assert done.returncode == 0, done.stderr
         losses.append([float(n) for n in re.findall(r"loss (\S+);", done.stdout)])
     assert losses[0][-1] < losses[0][0]
