@@ -31,6 +31,8 @@ class DelayedCount:
 
     def left(self, running: Tensor) -> int:
         """Takes in which samples go on ``(B,)`` bool; how many there were, as above."""
+        if torch.compiler.is_exporting():
+            return 1  # the program has all iterations; in those too many all samples are frozen
         if torch.compiler.is_compiling():
             return bool(running.any())
         count = running.sum()

@@ -199,6 +199,7 @@ class DEQLayer(Recorded):
             cell = self.cell
             if isinstance(cell, AffineCell) and cell.is_plain():
                 return self._solve_affine(cell, x, z0)
+        refuse_keywords(self.cell, keywords)
         return self._solve_general(x, context, keywords, z0, name)
 
     @outside_graphs
@@ -213,7 +214,6 @@ class DEQLayer(Recorded):
     ) -> Any:
         finite = None
         cell, batch_dim = self.cell, self.options.batch_dim
-        refuse_keywords(cell, keywords)
         refuse_sharded((cell,))
         leading = leading_of(cell, x) if isinstance(cell, AffineCell) else None
         record: Any = self._record

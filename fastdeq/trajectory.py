@@ -8,6 +8,7 @@ from typing import Any
 
 from .layer import DEQLayer
 from .solve.along import Along
+from .solve.arguments import refuse_keywords
 from .solve.start import check_start
 
 
@@ -58,6 +59,7 @@ def trajectory(
     if z0 is not None:
         check_start(options.solver)
     updates = getattr(options.solver, "fixed_iterations", 0) or options.max_iter
+    refuse_keywords(layer.cell, keywords)
     along = Along(_counts(states, updates))
     z = layer._solve_general(x, context, keywords, z0, None, along)
     return [*along.states, z]

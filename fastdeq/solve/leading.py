@@ -53,7 +53,7 @@ class Leading:
     def solution(self, solution: Solution) -> Solution:
         """The solution with a state as its value; itself under a transform, whose samples are more
         than those of x."""
-        if len(solution.value) != math.prod(self._shape):
+        if solution.value.shape[0] != math.prod(self._shape):
             return solution
         return replace(solution, value=self.state(solution.value), batch_dim=self.batch_dim)
 

@@ -60,7 +60,8 @@ class Packing:
                     f"the state has dtype {p.dtype}; it must be floating point or complex."
                 )
         self.dims = resolve(batch_dim, parts)
-        if len({(batch_shape(p, self.dims), p.device) for p in parts}) > 1:
+        first = batch_shape(parts[0], self.dims), parts[0].device
+        if any((batch_shape(p, self.dims), p.device) != first for p in parts[1:]):
             seen = "; ".join(f"{tuple(p.shape)} on {p.device}" for p in parts)
             raise ValueError(
                 f"the parts of the state differ in batch size or device: {seen}, where "

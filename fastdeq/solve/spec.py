@@ -161,7 +161,7 @@ class SolveSpec:
             parts=self.parts,
             anderson_mix=anderson_mix.implementation(self.backend, start.device),
             gmres_step=gmres_step.implementation(self.backend),
-            start_value=first(start) if len(start) else None,
+            start_value=first(start) if start.shape[0] else None,
             follow=follow,
             min_iter=self.options.min_iter,
             stop_norm=self.options.stop_norm,

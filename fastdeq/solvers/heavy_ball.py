@@ -43,8 +43,8 @@ class Momentum:
 
     @classmethod
     def start(cls, point: Tensor, radius: float) -> Momentum:
-        column = point.new_full((len(point),), torch.inf)
-        count = torch.zeros(len(point), dtype=torch.int32, device=point.device)
+        column = point.new_full((point.shape[0],), torch.inf)
+        count = torch.zeros(point.shape[0], dtype=torch.int32, device=point.device)
         radii = torch.full_like(column, radius)
         ones = torch.ones_like(column)
         return cls(point, (column,) * 3, radii, ones, count, column, count)

@@ -88,7 +88,7 @@ class NewtonKrylov(CheckedOptions):
         check_range("NewtonKrylov", "safeguard", self.safeguard, 1.0, float("inf"), ">= 1")
 
     def init(self, point: Tensor, problem: Problem) -> _State:
-        batch = len(point)
+        batch = point.shape[0]
         one = point.new_ones(batch)
         count = torch.zeros(batch, dtype=torch.int32, device=point.device)
         return _State(
