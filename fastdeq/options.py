@@ -129,6 +129,11 @@ class Options:
                 object.__setattr__(self, name, _limit(name, limit))
         if self.min_iter != 0:
             object.__setattr__(self, "min_iter", _least(self.min_iter, self.max_iter))
+            if self.min_iter and (fixed := getattr(self.solver, "fixed_iterations", 0)):
+                raise ValueError(
+                    f"min_iter={self.min_iter} has no effect on fixed_iterations={fixed!r}, which "
+                    "makes exactly so many updates: leave min_iter out, or fixed_iterations."
+                )
 
         if self.adjoint_limit is not None:
             object.__setattr__(self, "adjoint_limit", check_adjoint_limit(self.adjoint_limit))

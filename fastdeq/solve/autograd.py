@@ -166,9 +166,8 @@ def _solve_adjoint(
     if theta is None:
         return unit.restore(u)
     closed_over = [t for t in (g, at, *theta) if t.requires_grad]
-    if hasattr(spec.solver, "beginning_with"):  # the systems below have other matrices
-        spec = replace(spec, solver=spec.solver.beginning_with(None))
-    how = (spec, ignore, adjoint_map, None, None, None)
+    how = (replace(spec, begin=None), ignore, adjoint_map, None, None, None)
+    # Nothing to begin with: the systems of the next order have other matrices.
     attached, _ = FixedPoint.apply(*how, u, *closed_over)
     return unit.restore(attached)
 
@@ -182,6 +181,7 @@ def _many_gradients(
     with torch.enable_grad():
         fz = f(at)
     closed_over = theta if differentiable else None
+    spec = replace(spec, begin=None)  # which is of B rows
     u = _solve_adjoint(spec, report, fz, at, grads.flatten(0, 1), closed_over, count=count)
     zeros = tuple(t.new_zeros(count, *t.shape) for t in theta)
     if not fz.requires_grad:
@@ -223,10 +223,7 @@ def _product(fz: Tensor, at: Tensor, u: Tensor, count: int | None = None) -> Ten
 
 def begun_after(spec: SolveSpec, solution: Solution) -> SolveSpec:
     """The adjoint's spec, its solver beginning with what the forward one handed on."""
-    if solution.kept is None:
-        return spec
-    solver: Any = spec.solver
-    return replace(spec, solver=solver.beginning_with(solution.kept.transposed()))
+    return spec if solution.kept is None else replace(spec, begin=solution.kept.transposed())
 
 
 def attach(

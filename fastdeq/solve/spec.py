@@ -50,6 +50,8 @@ class SolveSpec:
     bitwise_symmetric: bool
     parts: Sequence[int] | None = None  # sizes of the parts of a row, each to meet the tolerance
     limit: float | None = None  # of an adjoint; see ``adjoint_limit``
+    hands_on: bool = False  # whether its solution has ``kept`` for the adjoint
+    begin: Any = None  # what the forward solve handed on, as the adjoint's solver begins
     _engines: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def engine(self, rows: Tensor, *others: Tensor | None) -> str:
@@ -165,6 +167,8 @@ class SolveSpec:
             follow=follow,
             min_iter=self.options.min_iter,
             stop_norm=self.options.stop_norm,
+            begin=self.begin,
+            hands_on=self.hands_on,
         )
         return finish(replace(solution, solver=self.solver, trend=traced))
 
@@ -236,10 +240,9 @@ class Specs:
     def __init__(self, options: Options, structure: Structure):
         self.options, self.structure = options, structure
         solver = resolve(options.solver, structure, options.tol, adjoint=False)
-        if getattr(options.adjoint, "reuse", False):
-            solver = replace(solver, reuse=True)  # type: ignore[type-var]
         limits = ("tol", "atol", "min_iter", "max_iter")
-        self.forward = self._spec("solve", solver, {k: getattr(options, k) for k in limits})
+        forward = self._spec("solve", solver, {k: getattr(options, k) for k in limits})
+        self.forward = replace(forward, hands_on=getattr(options.adjoint, "reuse", False))
         self._adjoint: SolveSpec | None = None
         self._packed = PackedWeight()
         self.plans: dict[Any, Any] = {}

@@ -74,7 +74,7 @@ class AffineMap:
 class Problem(NamedTuple):
     """What a solver is told at the start: the relative and the absolute tolerance, the number of
     updates it will be asked for, the implementations of ``ops.anderson_mix`` and ``ops.gmres_step``
-    to use, and the map where it is an affine cell's."""
+    to use, the map where it is an affine cell's, and what another solve handed on to begin with."""
 
     tol: float
     atol: float
@@ -82,6 +82,7 @@ class Problem(NamedTuple):
     anderson_mix: Callable[..., Any]
     gmres_step: Callable[..., Any]
     affine: AffineMap | None = None
+    begin: Any = None
 
 
 class Step(NamedTuple):

@@ -29,7 +29,7 @@ inverse for the adjoint Z. Ramzi et al., "SHINE", ICLR 2022.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -61,7 +61,9 @@ class _State:
     right: Tensor  # (B, m, n): v_i
     count: Tensor  # (B,) int32: pairs in use, the most recent ones
     slot: int
+    filled: int  # slots that hold pairs of any sample, at most
     fresh: bool
+    begun: bool  # with the inverse of another solve
     scale: Tensor  # (B,): tau
     point: Tensor  # (B, n): the last point that was not taken back
     residual: Tensor  # (B, n): g there
@@ -109,7 +111,6 @@ class Broyden(CheckedOptions):
     damping: float = 1.0
     safeguard: float = 10.0
     reuse: bool = False
-    inverse: Inverse | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "broyden"
     linear: ClassVar[bool] = False
@@ -125,21 +126,20 @@ class Broyden(CheckedOptions):
         if not isinstance(self.reuse, bool):
             raise ValueError(f"Broyden(reuse={self.reuse!r}): reuse must be True or False.")
 
-    def beginning_with(self, inverse: Inverse | None) -> Broyden:
-        """The same method with H at first ``inverse``; None: a multiple of the identity."""
-        return replace(self, inverse=inverse)
-
     def kept(self, state: _State) -> Inverse:
-        """H in the end, its pairs from the oldest on in memory of its own."""
-        pairs = state.left.shape[1]
-        most = int(state.count.max()) if len(state.count) else 0
-        newest_first = [(state.slot - 1 - i) % pairs for i in range(most)]
-        newest = torch.tensor(newest_first, dtype=torch.int64, device=state.left.device)
-        return Inverse(state.left[:, newest], state.right[:, newest], state.count, state.scale)
+        """H in the end, its pairs in memory of their own. No number is read from the device, so
+        samples that use fewer pairs than others, or that dropped some, have the rest too."""
+
+        def newest_first(rows: Tensor) -> Tensor:
+            since, before = rows[:, : state.slot], rows[:, state.slot : state.filled]
+            return torch.cat((since.flip(1), before.flip(1)), 1)
+
+        left, right = newest_first(state.left), newest_first(state.right)
+        return Inverse(left, right, state.count, state.scale)
 
     def init(self, point: Tensor, problem: Problem) -> _State:
         batch, size = point.shape
-        begun = self.inverse
+        begun: Inverse | None = problem.begin
         reused = 0 if begun is None else begun.left.shape[1]
         pairs = min(self.memory, problem.max_iter) + reused
         zeros = torch.zeros(batch, dtype=torch.int32, device=point.device)
@@ -153,7 +153,9 @@ class Broyden(CheckedOptions):
             right=right,
             count=count,
             slot=reused % pairs,
+            filled=reused,
             fresh=True,
+            begun=begun is not None,
             scale=scale,
             point=point,
             residual=point,
@@ -177,7 +179,7 @@ class Broyden(CheckedOptions):
         state.residual = where_rows(back, state.residual, g)
         state.norm = torch.where(back, state.norm, norm)
         direction = -state.residual
-        if state.fresh and self.inverse is not None:
+        if state.fresh and state.begun:
             rows = state.residual.unsqueeze(1)
             direction = _times(_used(state), state.scale, state.right, state.left, rows).squeeze(1)
         if not state.fresh:
@@ -214,7 +216,7 @@ class Broyden(CheckedOptions):
         state.damped += learn & small & running
         u, v = where_rows(learn, u, torch.zeros_like(u)), where_rows(learn, v, torch.zeros_like(v))
         state.left[:, state.slot], state.right[:, state.slot] = u, v
-        state.slot = (state.slot + 1) % pairs
+        state.slot, state.filled = (state.slot + 1) % pairs, min(state.filled + 1, pairs)
         grows = learn | (state.count > 0)
         state.count = torch.where(grows, state.count + 1, 0)
         return hg + (v * g).sum(1, keepdim=True) * u

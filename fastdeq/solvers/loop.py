@@ -140,6 +140,8 @@ def solve(
     follow: Follow | None = None,
     min_iter: int = 0,
     stop_norm: str = "2",
+    begin: Any = None,
+    hands_on: bool = False,
 ) -> Solution:
     """Solves ``z = f(z)`` for each row of ``start`` ``(B, n)`` float32 or float64.
 
@@ -152,7 +154,8 @@ def solve(
     ``follow`` hears after each evaluation which samples go on; the values of the others may be any
     finite ones from then on.
 
-    No sample converges or stagnates before ``min_iter`` updates.
+    No sample converges or stagnates before ``min_iter`` updates. The solver begins with ``begin``,
+    which a solve that ``hands_on`` left in its solution's ``kept``.
 
     A solver with ``fixed_iterations`` makes exactly so many updates of every sample that stays
     finite, and nothing is read from the device; otherwise the host waits in each
@@ -182,7 +185,8 @@ def solve(
     damping = solver.damping if isinstance(solver, Picard) else None
     rate = before = torch.full_like(best_residual, torch.nan)
     affine = f if isinstance(f, AffineMap) else None
-    state = solver.init(point, Problem(tol, atol, max_iter, anderson_mix, gmres_step, affine))
+    how = (tol, atol, max_iter, anderson_mix, gmres_step, affine, begin)
+    state = solver.init(point, Problem(*how))
     looks = point.device.type == "cpu" and not fixed and not torch.compiler.is_compiling()
     # Frozen samples make an iteration too many harmless.
     count = DelayedCount(point.device, batch)
@@ -256,5 +260,5 @@ def solve(
         evaluations=k + 1 if batch else 0,
         sample_evaluations=(k + 1) * batch if batch else 0,
         path="general",
-        kept=solver.kept(state) if getattr(solver, "reuse", False) else None,  # type: ignore[attr-defined]
+        kept=solver.kept(state) if hands_on else None,  # type: ignore[attr-defined]
     )

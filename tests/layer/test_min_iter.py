@@ -130,6 +130,13 @@ def test_wrong_numbers(least):
         problem("fused", min_iter=least)
 
 
+@pytest.mark.parametrize("fixed", [2, 6, "certified"])
+def test_fixed_counts_have_no_least(fixed):
+    with pytest.raises(ValueError, match=r"min_iter=4 .*leave min_iter out, or fixed_iterations"):
+        problem("fused", solver=Picard(fixed_iterations=fixed), min_iter=4)
+    problem("fused", solver=Picard(fixed_iterations=fixed), min_iter=0)
+
+
 def test_kernels_that_do_not_know_it_say_so(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -111,6 +111,11 @@ def test_a_solver_of_ones_own(tmp_path):
     for line in (forward, backward):
         assert line.startswith("Solution(32 samples: 32 CONVERGED; iterations ")
     assert counters.startswith("tensor(")
+    # Its state lies where the point does, here on a device that is not the CPU.
+    state = "print({v.device.type for v in Aitken().init(point, None).values() if v is not None})"
+    point = 'point = torch.zeros(2, 3, device="meta")'
+    printed = run(f"{example[: example.index('weight =')]}\n{point}\n{state}", tmp_path)
+    assert printed.strip() == "{'meta'}"
 
 
 @pytest.mark.parametrize("cell", ["AffineCell(4, 6, scale=0.9)", "lambda z, x: 0.9 * z.cos() + x"])

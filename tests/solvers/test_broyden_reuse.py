@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeq import AffineCell, Anderson, Broyden, DEQLayer, fixed_point
+from fastdeq.solvers.base import Problem
 
 F64 = torch.float64
 REUSE = Broyden(reuse=True)
@@ -57,6 +59,75 @@ def test_one_update_is_the_transposed_inverse(monkeypatch):
     g = torch.randn(2, n, dtype=F64)
     (found,) = torch.autograd.grad(z, c, g)
     torch.testing.assert_close(found, -torch.einsum("bnm,bn->bm", dense, g))
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_batched_gradients(create):
+    cell, weight = cell_of(size=4, scale=0.8)
+    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    options = {"solver": "broyden", "tol": 1e-12, "max_iter": 300}
+    g = torch.randn(5, 3, 4, dtype=F64)
+    found, expected = (
+        torch.autograd.grad(
+            DEQLayer(cell, adjoint=a, **options)(x),
+            [x, weight],
+            g,
+            is_grads_batched=True,
+            create_graph=create,
+        )
+        for a in (REUSE, "gmres")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_solutions_hold_no_memory_of_the_solver():
+    cell, weight = cell_of()
+    x = torch.randn(4, 24, dtype=F64, requires_grad=True)
+    layer = DEQLayer(cell, solver="broyden", adjoint=REUSE, keep_solutions=2, on_failure="ignore")
+    gradients(layer, weight, x)
+    last = layer.last_solution, layer.last_adjoint_solution
+    assert [s.solver for s in last] == [Broyden(), REUSE]
+    for s in (*last, *layer.solutions["forward"], *layer.solutions["adjoint"]):
+        assert s.kept is None
+        assert not any(torch.is_tensor(v) or v is None for v in vars(s.solver).values())
+
+
+def test_the_adjoint_keeps_no_inverse(monkeypatch):
+    made, own = [], Broyden.kept
+    monkeypatch.setattr(Broyden, "kept", lambda *a: made.append(own(*a)) or made[-1])
+    cell, weight = cell_of()
+    x = torch.randn(4, 24, dtype=F64, requires_grad=True)
+    gradients(DEQLayer(cell, solver="broyden", adjoint=REUSE, on_failure="ignore"), weight, x)
+    assert len(made) == 1
+
+
+class NoLook(TorchDispatchMode):
+    """No number is read, and none is copied from the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        assert function is not torch.ops.aten.lift_fresh.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("memory", "updates"), [(8, 3), (8, 8), (4, 11)])
+def test_pairs_are_kept_newest_first_without_a_look(memory, updates):
+    state = Broyden(memory=memory).init(torch.zeros(2, 3), Problem(0.0, 0.0, 100, None, None))
+    solver = Broyden(memory=memory)
+    every = torch.ones(2, dtype=torch.bool)
+    for _ in range(updates):
+        s, y, g = torch.randn(3, 2, 3).unbind()
+        solver._update(state, s, y, g, every, every)
+    with NoLook():
+        kept = solver.kept(state)
+    order = [(state.slot - 1 - i) % memory for i in range(min(updates, memory))]
+    assert torch.equal(kept.left, state.left[:, order])
+    assert torch.equal(kept.right, state.right[:, order])
+
+
+def test_what_is_handed_on_is_no_option():
+    with pytest.raises(TypeError, match="valid options: damping, memory, reuse, safeguard"):
+        Broyden(memroy=5)
 
 
 def test_samples_that_stopped_early_and_bad_ones():
