@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastdeq import AffineCell, DEQLayer, Unrolled
 
 METHODS = ["truncated", "unrolled", Unrolled(checkpoint=True), "reversible"]
@@ -34,10 +35,12 @@ def test_a_start_at_the_equilibrium_has_a_zero_gradient(which, gradient):
     z = layer(x, z0=start)
     assert int(layer.last_solution.iterations.max()) == 0
     z.square().sum().backward()
-    assert x.grad is not None and not x.grad.any()
+    assert x.grad is not None
+    assert not x.grad.any()
     assert all(p.grad is not None and not p.grad.any() for p in cell.parameters())
     z.data.zero_()
-    assert start.any() and layer.last_solution.value.any()  # memory of its own
+    assert start.any()  # z has memory of its own
+    assert layer.last_solution.value.any()
 
 
 @pytest.mark.parametrize("gradient", METHODS, ids=IDS)
@@ -46,7 +49,8 @@ def test_samples_that_are_all_nan_have_a_zero_gradient(which, gradient):
     layer = DEQLayer(_cells()[which], gradient=gradient, on_failure="ignore")
     x = torch.full((2, 4), torch.nan, requires_grad=True)
     layer(x).sum().backward()
-    assert x.grad is not None and not x.grad.any()
+    assert x.grad is not None
+    assert not x.grad.any()
 
 
 def test_a_cell_that_returns_nan_gets_no_nan_gradient():
@@ -55,7 +59,8 @@ def test_a_cell_that_returns_nan_gets_no_nan_gradient():
         lambda z, x: torch.sqrt(w * z - 1 + x), gradient="unrolled", on_failure="ignore"
     )
     layer(torch.zeros(2, 4)).sum().backward()
-    assert w.grad is not None and not w.grad.any()
+    assert w.grad is not None
+    assert not w.grad.any()
 
 
 @pytest.mark.parametrize("gradient", METHODS, ids=IDS)
@@ -71,7 +76,8 @@ def test_a_gradient_of_no_steps_is_differentiated_again():
     x = torch.zeros(2, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
     grad.square().sum().backward()
-    assert cell.w.grad is not None and not cell.w.grad.any()
+    assert cell.w.grad is not None
+    assert not cell.w.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
