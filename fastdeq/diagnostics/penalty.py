@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layer import DEQLayer
+from ..samples import BatchDim
 from ..solve.cell_map import CellMap
 from ..solve.leading import leading_of
 from ..solve.nonfinite import finite_samples, samples_of
@@ -59,7 +60,8 @@ def jacobian_penalty(
         raise ValueError(f"probes must be an integer >= 1, got {probes!r}.")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, not {generator!r}.")
-    batch_dim, has_aux = 0, False
+    batch_dim: BatchDim = 0
+    has_aux = False
     if isinstance(cell, DEQLayer):
         batch_dim, has_aux = cell.options.batch_dim, cell.options.has_aux
         cell = cell.cell
