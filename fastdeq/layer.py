@@ -26,7 +26,7 @@ from .options import (
 )
 from .solve.affine import linear_parameters, plan_for, solve_affine
 from .solve.along import Along
-from .solve.arguments import NOT_GIVEN, input_of, refuse_keywords
+from .solve.arguments import NOT_GIVEN, check_cell, input_of, refuse_keywords
 from .solve.cell_map import CellMap
 from .solve.eager import outside_graphs
 from .solve.general import solve_map
@@ -146,8 +146,7 @@ class DEQLayer(Recorded):
         on_solution: OnSolution | None = None,
     ):
         super().__init__()
-        if not callable(cell) or isinstance(cell, type):
-            raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
+        check_cell(cell, has_aux)
         self.cell = cell
         self.options = Options(
             solver=solver,
@@ -241,7 +240,7 @@ class DEQLayer(Recorded):
         except EXPLAINED as error:
             if isinstance(error, TypeError):
                 explain_call(cell, context, keywords, error)
-            if z0 is not None and type(error) in EXPLAINED:
+            if type(error) in EXPLAINED:
                 explain_start(cell, z0, x, batch_dim, error)
             raise
         if finite is not None and dims is not None:

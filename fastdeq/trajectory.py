@@ -55,7 +55,13 @@ def trajectory(
         if not allowed
     ]
     if wrong:
-        raise ValueError(f"there are no states along a solve with {', '.join(wrong)}.")
+        way = " Pass a layer without it."
+        if options.has_aux:
+            way = (
+                " Pass a layer around the state alone, DEQLayer(lambda z, x: cell(z, x)[0], ...), "
+                "and call the cell at the states for the rest."
+            )
+        raise ValueError(f"there are no states along a solve with {', '.join(wrong)}.{way}")
     if z0 is not None:
         check_start(options.solver)
     updates = getattr(options.solver, "fixed_iterations", 0) or options.max_iter
@@ -71,7 +77,12 @@ def _counts(states: Any, updates: Any) -> tuple[int, ...]:
         if isinstance(updates, str):
             raise ValueError("a certified count of updates is not known here: list the numbers.")
         spaced = {updates * i // int(states) for i in range(1, int(states))}
-        return tuple(sorted(spaced - {0}))
+        if int(states) > updates:
+            raise ValueError(
+                f"states={states!r}, but the solver makes at most {updates} updates, so that there "
+                f"are no more than {updates} states: ask for fewer, or raise max_iter."
+            )
+        return tuple(sorted(spaced))
     given = tuple(states) if isinstance(states, (tuple, list, range)) else ()
     integers = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in given)
     if not given or not integers or list(given) != sorted(set(given)) or given[0] < 1:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..cells import AffineCell
-from ..errors import lists_options
 from ..layer import DEQLayer
 from ..solve.cell_map import CellMap
 from ..solve.coupling import are_independent
@@ -18,9 +17,10 @@ from ..solve.leading import leading_of
 from ..solve.packing import Packing
 from . import krylov
 from .estimate import Estimate, check_numbers
+from .keywords import takes_keywords
 
 
-@lists_options("spectral_radius")
+@takes_keywords("spectral_radius")
 def spectral_radius(
     cell: Any,
     x: Any,
@@ -31,6 +31,7 @@ def spectral_radius(
     max_products: int = 100,
     risk: float = 1e-3,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Estimate:
     """Largest modulus of the eigenvalues of ``J = df/dz`` at each sample's state, by Arnoldi.
 
@@ -68,6 +69,7 @@ def spectral_radius(
         max_products: most products with J of a sample, >= 1.
         risk: probability, of the random start, that ``upper`` fails for a sample, in (0, 1).
         generator: of the start; None: a fixed one, which leaves the global random state alone.
+        keywords: of the cell, by name; one that is called like an option here goes in ``context``.
 
     Returns:
         An :class:`Estimate`.
@@ -80,7 +82,7 @@ def spectral_radius(
     """
     check_numbers(tol, max_products, risk, generator)
     with torch.inference_mode(False):
-        at = _Linearization(cell, x, z, context)
+        at = _Linearization(cell, x, z, context, keywords)
         reach = krylov.log_reach(at.size, risk, symmetric=False)
 
         def read(projection: krylov.Projection) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def spectral_radius(
         return at.estimate(at.transposed_product, read, max_products, generator)
 
 
-@lists_options("jacobian_norm")
+@takes_keywords("jacobian_norm")
 def jacobian_norm(
     cell: Any,
     x: Any,
@@ -100,6 +102,7 @@ def jacobian_norm(
     max_products: int = 100,
     risk: float = 1e-3,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Estimate:
     """2-norm of ``J = df/dz`` at each sample's state, by Lanczos on ``J^T J``.
 
@@ -123,7 +126,7 @@ def jacobian_norm(
     if max_products < 2:
         raise ValueError(f"a step of jacobian_norm takes 2 products, got {max_products=}.")
     with torch.inference_mode(False):
-        at = _Linearization(cell, x, z, context)
+        at = _Linearization(cell, x, z, context, keywords)
         reach = krylov.log_reach(at.size, risk, symmetric=True)
         scale: Tensor | None = None
 
@@ -168,8 +171,10 @@ def _reading(
 class _Linearization:
     """A cell at a state, as rows ``(B, n)``: products with its Jacobian and the transpose."""
 
-    def __init__(self, cell: Any, x: Any, z: Any, context: tuple[Any, ...]):
-        x, z, context = _usable(x), _usable(z), tuple(map(_usable, context))
+    def __init__(
+        self, cell: Any, x: Any, z: Any, context: tuple[Any, ...], keywords: dict[str, Any]
+    ):
+        x, z, context, keywords = map(_usable, (x, z, context, keywords))
         layer = cell if isinstance(cell, DEQLayer) else None
         if layer is not None:
             cell = layer.cell
@@ -177,13 +182,14 @@ class _Linearization:
             raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
         excluded = None
         if z is None:
-            z, excluded = _equilibrium(cell, layer, x, context)
+            z, excluded = _equilibrium(cell, layer, x, context, keywords)
         elif isinstance(cell, AffineCell):
             z = cell.check_state(z, cell.inject(x).detach())
         batch_dim = 0 if layer is None else layer.options.batch_dim
         if (leading := leading_of(cell, x)) is not None:
             batch_dim = leading.batch_dim
-        f = CellMap(cell, (x, *context), has_aux=layer is not None and layer.options.has_aux)
+        has_aux = layer is not None and layer.options.has_aux
+        f = CellMap(cell, (x, *context), keywords, has_aux)
         packing = Packing(z, batch_dim)
         packing.copies = True  # z is the caller's
         rows = packing.pack(z).detach()
@@ -248,7 +254,7 @@ def _pull(output: Tensor, at: Tensor, rows: Tensor, create_graph: bool = False) 
 
 @torch.no_grad()
 def _equilibrium(
-    cell: Any, layer: DEQLayer | None, x: Any, context: tuple[Any, ...]
+    cell: Any, layer: DEQLayer | None, x: Any, context: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[Any, Tensor]:
     """The state that the layer, or ``DEQLayer(cell)``, finds, and which samples have none."""
     if not isinstance(x, Tensor) and not hasattr(cell, "initial_state"):
@@ -259,7 +265,7 @@ def _equilibrium(
     probe = DEQLayer(cell)  # not the layer itself: it keeps a record of its solves
     if layer is not None:
         probe.options = layer.options
-    z = probe(x, *context)
+    z = probe(x, *context, **keywords)
     assert probe.last_solution is not None
     if probe.options.has_aux:
         z, _ = z

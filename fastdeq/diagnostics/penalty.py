@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import lists_options
 from ..layer import DEQLayer
+from ..samples import BatchDim
+from ..solve.cell_map import CellMap
+from ..solve.leading import leading_of
 from ..solve.nonfinite import finite_samples, samples_of
 from ..solve.packing import Packing
+from .keywords import takes_keywords
 
 
-@lists_options("jacobian_penalty")
+@takes_keywords("jacobian_penalty")
 def jacobian_penalty(
     cell: Any,
     x: Any,
@@ -23,6 +26,7 @@ def jacobian_penalty(
     context: tuple[Any, ...] = (),
     probes: int = 1,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Estimate of ``|J|_F^2 / n`` per sample, ``J = df/dz`` at z with n entries, to be added to a
     loss: ``loss + 0.1 * jacobian_penalty(layer, x, z).mean()``. torchdeq's ``jac_reg`` is its mean.
@@ -35,11 +39,12 @@ def jacobian_penalty(
     Args:
         cell: a cell ``cell(z, x)`` or a :class:`fastdeq.DEQLayer` around one, whose ``batch_dim``
             is taken.
-        x: what the cell takes, ``(B, ...)``.
+        x: what the cell takes, ``(B, ...)``; each vector is a sample of an affine cell.
         z: the states, a tensor ``(B, ...)`` or a tuple of them.
         context: further arguments of a general cell.
         probes: number of probes, >= 1; the variance falls as one over it.
         generator: of the signs, on the device of z; None: the global one.
+        keywords: of the cell, by name; one that is called like an option here goes in ``context``.
 
     Returns:
         ``(B,)`` in float32 or float64, differentiable where grad mode is on.
@@ -55,17 +60,22 @@ def jacobian_penalty(
         raise ValueError(f"probes must be an integer >= 1, got {probes!r}.")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, not {generator!r}.")
-    batch_dim = 0
+    batch_dim: BatchDim = 0
+    has_aux = False
     if isinstance(cell, DEQLayer):
-        cell, batch_dim = cell.cell, cell.options.batch_dim
+        batch_dim, has_aux = cell.options.batch_dim, cell.options.has_aux
+        cell = cell.cell
     elif not callable(cell) or isinstance(cell, type):
         raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
+    if (leading := leading_of(cell, x)) is not None:
+        x, z, batch_dim = leading.rows(x), leading.start(z, "z"), 0
     packing = Packing(z, batch_dim)
     packing.copies = True  # z is the caller's
     dims = samples_of(x, z, batch_dim)
     finite = None
     if dims is not None:
         x, finite = finite_samples(x, dims)
+    f = CellMap(cell, (x, *context), keywords, has_aux)
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         rows = packing.pack(z, "z")
@@ -74,7 +84,7 @@ def jacobian_penalty(
         at = torch.where(finite.unsqueeze(1), rows, 0.0)
         if not (create and at.requires_grad):
             at = at.detach().requires_grad_()
-        value = packing.pack(cell(packing.unpack(at), x, *context))
+        value = packing.pack(f(packing.unpack(at)))
         total = at.new_zeros(len(at))
         if value.requires_grad:
             for _ in range(probes):

@@ -80,7 +80,7 @@ def reversible(
         begin = expanded_zeros(injection.detach().to(dtype)) if start is None else start.to(dtype)
         solution, ends = steps.solve(f, begin, specs.forward, specs.options.gradient, f)
         value = solution.value.to(injection.dtype)
-        z = value
+        z = value.clone()  # the caller may write to it
         if torch.is_grad_enabled():
             attached = steps.attach(f, ends, specs.adjoint, report).to(value.dtype)
             z = torch.where(solution.nonfinite.unsqueeze(1), value, attached)

@@ -16,6 +16,18 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 _BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
 
 
+def check_cell(cell: Any, has_aux: bool) -> None:
+    """Raises TypeError for what is no cell, and ValueError where ``has_aux`` is asked of an
+    :class:`AffineCell`, which returns its state alone."""
+    if not callable(cell) or isinstance(cell, type):
+        raise TypeError(f"cell must be a module or function cell(z, x), not {cell!r}.")
+    if has_aux is True and isinstance(cell, AffineCell) and cell.is_plain():
+        raise ValueError(
+            "has_aux=True, but an AffineCell returns its state alone: leave has_aux out, or wrap "
+            "the cell in a module of your own that returns (state, aux)."
+        )
+
+
 def input_of(cell: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any], str | None]:
     """x among ``keywords``, the others, and the name by which the cell takes x; None where that is
     by position.

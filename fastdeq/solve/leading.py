@@ -32,8 +32,8 @@ class Leading:
         """t ``(..., n)`` as ``(B, n)``."""
         return t.reshape(math.prod(self._shape), t.shape[-1])
 
-    def start(self, z0: Any) -> Any:
-        """A start as rows, or None.
+    def start(self, z0: Any, what: str = "z0") -> Any:
+        """A start, or ``what`` it is, as rows, or None.
 
         Raises:
             ValueError: z0 of another shape.
@@ -43,7 +43,7 @@ class Leading:
         shape = (*self._shape, self._features)
         if not isinstance(z0, Tensor) or z0.shape != shape:
             got = tuple(z0.shape) if isinstance(z0, Tensor) else type(z0).__name__
-            raise ValueError(f"z0 is {got}; it must have shape {shape}.")
+            raise ValueError(f"{what} is {got}; it must have shape {shape}.")
         return self.rows(z0)
 
     def state(self, rows: Tensor) -> Tensor:

@@ -131,6 +131,12 @@ class Packing:
                 f"{[tuple(s) for s in self.shapes]}; they must be equal. "
                 "Pass z0 of the right shape, or define initial_state(x) on the cell."
             )
+        for p in parts:
+            if not (p.is_floating_point() or p.is_complex()):
+                raise TypeError(
+                    f"{what} returned {p.dtype} for a state in {self.dtype}; it must be floating "
+                    "point or complex: numbers between are lost, and there is no gradient."
+                )
         if any(p.device != self.device for p in parts):
             raise ValueError(f"{what} returned a state on another device than {self.device}.")
         return [self._rows_of(p, i) for i, p in enumerate(parts)]

@@ -128,9 +128,11 @@ def attach(f: Map, ends: Ends, spec: SolveSpec, report: Report) -> Tensor:
     """A copy of z with the gradient of the iteration for all that f closes over; ``spec`` is the
     adjoint's, whose tolerance the estimated error is to meet."""
     z = ends.z.to(ends.dtype)
-    theta = evaluate(f, z).theta if z.numel() else []
+    if z.numel() == 0:
+        return f(z)
+    theta = evaluate(f, z).theta
     if not theta:
-        return z
+        return z.clone()  # the solution has the memory of z
     how = spec, report, same_closure(f, theta), ends.method, ends.dtype
     attached: Tensor = ReversibleSteps.apply(
         *how, ends.y, ends.z, ends.counts, ends.shadows, *theta
@@ -186,7 +188,8 @@ class ReversibleSteps(Function):
             y = torch.where(active, (y - beta * value) / (1 - beta), y)
         residual = torch.where(g > 0, error / g, error).to(ctx.dtype)
         ctx.report(_adjoint_solution(ctx.spec, ctx.method, w.to(ctx.dtype), counts, residual))
-        return (None,) * 9 + tuple(total.sums)
+        sums = zip(total.sums, theta, strict=True)
+        return (None,) * 9 + tuple(torch.zeros_like(t) if s is None else s for s, t in sums)
 
 
 def _norm(*rows: Tensor) -> Tensor:

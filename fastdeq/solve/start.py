@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .state_tree import tensors_of
 #: What a cell, or the solve, raises for a start that does not fit; their subclasses mean other
 #: things (a failed solve, coupled samples, no memory).
 EXPLAINED = (RuntimeError, TypeError, ValueError, IndexError)
+
+_ABOUT_SHAPES = re.compile(r"shape|size|dimension|channels", re.IGNORECASE)
 
 
 def start_for(cell: Any, x: Any) -> Any:
@@ -56,7 +59,18 @@ def explain_start(
     cell: Any, z0: Any, x: Any, batch_dim: BatchDim, error: Exception | None = None
 ) -> None:
     """Raises ValueError where z0 has other shapes than the cell's own start for x, or where there
-    is no such start, ``error`` was raised, and z0 and x do not go together."""
+    is no such start, ``error`` was raised, and z0 and x do not go together.
+
+    Without z0 it raises an error like ``error`` that names the start, where that was zeros like x
+    and shapes did not fit.
+    """
+    if z0 is None:
+        if error is not None and _is_about_default(cell, x, error):
+            raise type(error)(
+                f"{error}. The start was zeros like x, {_described(x)}: if the state has another "
+                "shape, pass z0=... or define initial_state(x) on the cell."
+            ) from error
+        return
     wrong = None
     if hasattr(cell, "initial_state"):
         with torch.no_grad():
@@ -65,6 +79,13 @@ def explain_start(
         wrong = unlike_input(z0, x, batch_dim, error)
     if wrong is not None:
         raise ValueError(wrong) from error
+
+
+def _is_about_default(cell: Any, x: Any, error: Exception) -> bool:
+    if hasattr(cell, "initial_state") or not isinstance(x, Tensor):
+        return False
+    said = str(error)
+    return "initial_state(x)" not in said and bool(_ABOUT_SHAPES.search(said))
 
 
 def other_shapes(z0: Any, default: Any) -> str | None:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..gradients import Phantom, Truncated, Unrolled
 from ..solution import Solution, may_look
 from ..solvers.loop import finite_rows
+from .unmoved import attach_unmoved
 
 Map = Callable[[Tensor], Tensor]
 
@@ -46,6 +47,8 @@ def attach(method: Any, f: Map, start: Tensor, solution: Solution) -> Tensor:
         with torch.no_grad():
             z = steps(f, z, before, damping).detach()
         tracked = counts - before
+    if not bool(tracked.any()):
+        return attach_unmoved(f, z)
     keeps = not isinstance(method, Unrolled) or not method.checkpoint
     return steps(f, z, tracked, damping, run=None if keeps else _checkpointed)
 
