@@ -76,13 +76,14 @@ class DEQLayer(Recorded):
             and its gradient draw the same numbers (dropout masks, noise), and each solve others.
         tol: a sample has converged where ``|f(z) - z| <= atol + tol |f(z)|``, 2-norms; each part
             of a state with several. The error is about ``|f(z) - z| / (1 - contraction)``.
-        adjoint_tol, adjoint_max_iter: the same for the adjoint; None: ``tol``, ``max_iter``.
+        adjoint_tol: the same for the adjoint; None: ``tol``.
         atol: see ``tol``; for equilibria near zero, which no relative tolerance reaches soon.
         adjoint_atol: the same for the adjoint, next to a right-hand side scaled to norm 1.
         stop_norm: "2", or "max" for largest entries instead of 2-norms, in plain PyTorch.
         min_iter: no sample of the forward solve converges before so many updates.
         max_iter: most updates of a sample; one further evaluation verifies the last of them. A
             solver with ``fixed_iterations`` has its own count.
+        adjoint_max_iter: the same for the adjoint; None: ``max_iter``.
         patience: iterates in a row without progress after which a sample is given up, in both
             directions; None: the solver's own, half of ``max_iter`` for most, 50 at least.
         precision: of the products inside the solve of a float32 :class:`AffineCell`. "auto": early
