@@ -28,6 +28,12 @@ def main() -> None:
     options = parser.parse_args()
 
     distributed.init_process_group("gloo")
+    train(options)
+    distributed.barrier()  # nobody leaves while another still needs it
+    distributed.destroy_process_group()
+
+
+def train(options: argparse.Namespace) -> None:
     rank, count = distributed.get_rank(), distributed.get_world_size()
     data = digits()
     torch.manual_seed(0)  # the same parameters everywhere
@@ -60,7 +66,6 @@ def main() -> None:
         predicted = trained(data.x_test).argmax(1)
     if rank == 0:
         print(f"test accuracy {(predicted == data.y_test).float().mean():.1%}")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

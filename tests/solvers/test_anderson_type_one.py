@@ -142,7 +142,7 @@ def test_affine_cells_are_solved_by_the_reference(direction):
 @pytest.mark.parametrize("cell", [AffineCell(3, 3, scale=0.9), lambda z, x: 0.5 * z + x])
 def test_an_explicit_engine_says_that_it_has_only_type_two(cell):
     layer = DEQLayer(cell, solver=Anderson(kind="I"), backend="cpp")
-    with pytest.raises(BackendError, match="type I is in plain PyTorch alone"):
+    with pytest.raises(BackendError, match=r"type I .*in plain PyTorch alone"):
         layer(torch.randn(2, 3))
 
 
