@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/anderson.h"
+#include "cpu/dot.h"
 #include "cpu/threads.h"
 
 namespace fastdeq {
@@ -45,22 +46,6 @@ void check_anderson_mix(const at::Tensor& f_history, const at::Tensor& g_history
               "anderson_mix: the tensors are on different devices");
   TORCH_CHECK(newest >= 0 && newest < entries, "anderson_mix: newest ", newest, " is not in [0, ",
               entries, ")");
-}
-
-// Independent partial sums let the compiler use vector registers without reordering a sum.
-constexpr int64_t kLanes = 16;
-
-template <typename scalar_t>
-double dot(const scalar_t* a, const scalar_t* b, int64_t n) {
-  double partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) partial[l] += double(a[i + l]) * double(b[i + l]);
-  }
-  double sum = 0;
-  for (; i < n; ++i) sum += double(a[i]) * double(b[i]);
-  for (int64_t l = 0; l < kLanes; ++l) sum += partial[l];
-  return sum;
 }
 
 template <typename scalar_t>

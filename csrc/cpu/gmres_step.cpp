@@ -20,26 +20,13 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/dot.h"
 #include "cpu/threads.h"
 
 namespace fastdeq {
 namespace {
 
 constexpr int64_t kBlock = 512;  // entries of each vector at a time
-
-template <typename scalar_t>
-double dot(const scalar_t* a, const scalar_t* b, int64_t n) {
-  constexpr int64_t kLanes = 16;  // independent sums, for vector registers
-  double partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) partial[l] += double(a[i + l]) * double(b[i + l]);
-  }
-  double sum = 0;
-  for (; i < n; ++i) sum += double(a[i]) * double(b[i]);
-  for (int64_t l = 0; l < kLanes; ++l) sum += partial[l];
-  return sum;
-}
 
 // One sample's share of the state and of the step.
 template <typename scalar_t>

@@ -55,7 +55,9 @@ def solve_affine(
         c = torch.where(finite, injection, torch.nan)  # every engine ends such samples at once
         start = None if start is None else torch.where(finite, start, 0.0)
     if transformed.is_active():
-        return transformed.solve_affine(weight, injection, start, activation, specs, report, finite)
+        return transformed.solve_affine_under_transforms(
+            weight, injection, start, activation, specs, report, finite
+        )
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or injection.requires_grad)
     if needs_grad and specs.options.gradient == "implicit":
         specs.forward.engine(c, weight, start)

@@ -22,7 +22,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ..activations import ACTIVATIONS
 from ..solution import Status
 from .adjoint_limit import limited_affine
-from .batched_gradients import for_each, is_batched, tangent_of
+from .batched_gradients import for_each, is_batched, stacked, tangent_of
 from .spec import Report, SolveSpec, Specs, ignore
 
 
@@ -181,16 +181,12 @@ class LinearSolve(Function):
         grad: Tensor,
     ) -> tuple[Tensor, int]:
         count = info.batch_size
-
-        def many(t: Tensor, dim: int | None) -> Tensor:
-            return t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
-
-        of_weight, of_slope, of_grad = in_dims[2:]
-        slopes, grads = many(slope, of_slope), many(grad, of_grad)
-        if of_weight is not None:
-            systems = zip(many(weight, of_weight), slopes, grads, strict=True)
+        tensors = (weight, slope, grad)
+        many = [stacked(t, dim, count) for t, dim in zip(tensors, in_dims[2:], strict=True)]
+        if in_dims[2] is not None:
+            systems = zip(*many, strict=True)
             return torch.stack([LinearSolve.apply(spec, report, *each) for each in systems]), 0
-        rows = slopes.flatten(0, 1), grads.flatten(0, 1)
+        rows = [t.flatten(0, 1) for t in many[1:]]
         return LinearSolve.apply(spec, report, weight, *rows).unflatten(0, (count, -1)), 0
 
 

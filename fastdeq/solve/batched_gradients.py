@@ -62,6 +62,12 @@ def tangent_of(rule: Callable[..., tuple[Tensor]], *moved: Tensor | None) -> Ten
     return tangent
 
 
+def stacked(t: Tensor, dim: int | None, count: int) -> Tensor:
+    """What ``torch.func.vmap`` batches along ``dim``, with that dimension first; ``count`` times
+    the same where it is None."""
+    return t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
 def _level() -> int:
     """The level of autograd's own batches."""
     level = torch._C._vmapmode_increment_nesting() - 1

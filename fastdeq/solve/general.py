@@ -51,7 +51,7 @@ def solve_map(
     if transformed.is_active():
         if along is not None:
             raise ValueError("states along a solve cannot be had under torch.func transforms.")
-        return transformed.solve_map(f, z0, specs, report)
+        return transformed.solve_map_under_transforms(f, z0, specs, report)
     packing = Packing(z0, specs.options.batch_dim)
     # Only the compiled iteration leaves a point alone that somebody keeps.
     rows = packing.pack(z0)

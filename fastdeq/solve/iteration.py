@@ -29,7 +29,6 @@ def is_compiled(solver: Solver, backend: str, start: Tensor) -> bool:
     if (
         solver.name not in _SOLVERS
         or SOLVERS.get(solver.name) is not type(solver)
-        or getattr(solver, "kind", "II") != "II"
         or torch.compiler.is_compiling()
         or start.numel() == 0
     ):

@@ -13,9 +13,9 @@ from torch.func import vjp
 from ..activations import ACTIVATIONS
 from ..ops.solve_affine_adjoint import unit_rows
 from ..ops.solve_common import expanded_zeros
-from ..solution import Solution
 from ..solvers import Structure
 from .adjoint_limit import Held, limited
+from .batched_gradients import stacked
 from .spec import Report, SolveSpec, Specs, ignore, without_first
 
 Folded = tuple["Rows", tuple[Tensor, ...]]
@@ -26,12 +26,10 @@ def pullback(f: Callable[..., Any], *at: Tensor) -> Callable[[Any], tuple[Tensor
     return cast(Any, vjp(f, *at))[1]  # type: ignore[no-any-return]
 
 
-def gradients_of(
-    f: Callable[..., Any], at: Sequence[Tensor], cotangent: Tensor
-) -> list[Tensor | None]:
-    """Vector-Jacobian products of f for those of ``at`` that are real or complex numbers; None for
-    others, as masks and indices are."""
-    moving = [i for i, t in enumerate(at) if t.is_floating_point() or t.is_complex()]
+def of_some(
+    f: Callable[..., Any], at: Sequence[Tensor], moving: Sequence[int]
+) -> Callable[..., Any]:
+    """f as a function of its arguments in the places ``moving``; the others are those of ``at``."""
 
     def of_moving(*values: Tensor) -> Any:
         whole = list(at)
@@ -39,9 +37,18 @@ def gradients_of(
             whole[i] = value
         return f(*whole)
 
+    return of_moving
+
+
+def gradients_of(
+    f: Callable[..., Any], at: Sequence[Tensor], cotangent: Tensor
+) -> list[Tensor | None]:
+    """Vector-Jacobian products of f for those of ``at`` that are real or complex numbers; None for
+    others, as masks and indices are."""
+    moving = [i for i, t in enumerate(at) if t.is_floating_point() or t.is_complex()]
     found: list[Tensor | None] = [None] * len(at)
     if moving:
-        pulled = pullback(of_moving, *[at[i] for i in moving])(cotangent)
+        pulled = pullback(of_some(f, at, moving), *[at[i] for i in moving])(cotangent)
         for i, t in zip(moving, pulled, strict=True):
             found[i] = t
     return found
@@ -199,8 +206,7 @@ class AffineRows:
     ) -> Folded:
         (weight, c), (of_weight, of_c) = theta, dims
         if of_weight is None:
-            many = c.expand(count, *c.shape) if of_c is None else c.movedim(of_c, 0)
-            return self, (weight, many.flatten(0, 1))
+            return self, (weight, stacked(c, of_c, count).flatten(0, 1))
         structure = replace(self.specs.structure, affine=False, bitwise_symmetric=False)
         options = replace(self.specs.options, backend="auto", precision="auto")
         try:
@@ -211,14 +217,3 @@ class AffineRows:
             sides = specs.forward, specs.adjoint
         each = GeneralRows(self.f, *sides, self.report, self.report_adjoint)
         return each.batched(count, randomness, dims, theta)
-
-
-def remembered(report: Report) -> tuple[Report, list[Any]]:
-    """``report``, and a list that ends with what was last reported."""
-    last: list[Any] = []
-
-    def remember(solution: Solution | None) -> None:
-        last[:] = [solution]
-        report(solution)
-
-    return remember, last

@@ -176,8 +176,9 @@ class SolveSpec:
         """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
         if self.options.min_iter and (start.device.type != "cpu" or self.backend == "triton"):
             return False  # the kernels do not know it
-        known = self.options.stop_norm == "2"
-        return known and is_compiled(self.solver, self.backend, start)
+        if self.options.is_python_alone:
+            return False
+        return is_compiled(self.solver, self.backend, start)
 
     def iterate_affine(
         self, f: Callable[[Tensor], Tensor | None], offset: Tensor, scale: Tensor

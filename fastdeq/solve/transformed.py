@@ -25,7 +25,7 @@ from torch.autograd import Function, forward_ad
 
 from ..solution import Solution
 from . import transformed_steps
-from .batched_gradients import tangent_of
+from .batched_gradients import stacked, tangent_of
 from .cell_map import CellMap
 from .eager import Eagerly
 from .explicit import explicit
@@ -35,9 +35,9 @@ from .problems import (
     GeneralRows,
     Rows,
     gradients_of,
+    of_some,
     pullback,
     pushforward,
-    remembered,
 )
 from .spec import Report, Specs
 
@@ -183,13 +183,8 @@ def _pushed(f: Any, at: list[Tensor], moved: tuple[Tensor | None, ...]) -> Tenso
     if not along:
         return None
 
-    def of_moving(*values: Tensor) -> Tensor:
-        all_values = list(at)
-        for i, value in zip(along, values, strict=True):
-            all_values[i] = value
-        return f(*all_values)  # type: ignore[no-any-return]
-
-    return pushforward(of_moving, *[at[i] for i in along])(*along.values())
+    moving = list(along)
+    return pushforward(of_some(f, at, moving), *[at[i] for i in moving])(*along.values())
 
 
 def _or_zeros(t: Tensor | None, like: Tensor) -> Tensor:
@@ -198,11 +193,10 @@ def _or_zeros(t: Tensor | None, like: Tensor) -> Tensor:
 
 def _folded(t: Tensor, dim: int | None, count: int) -> Tensor:
     """Rows ``(B, n)``, batched along ``dim`` or the same for all, as ``(count * B, n)``."""
-    many = t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
-    return many.reshape(-1, t.shape[-1])
+    return stacked(t, dim, count).flatten(0, 1)
 
 
-def solve_map(
+def solve_map_under_transforms(
     f: Callable[[Any], Any], z0: Any, specs: Specs, report: Report
 ) -> tuple[Any, Solution]:
     """As ``general.solve_map``, under transforms. The solution is that of the innermost solve, of
@@ -217,15 +211,15 @@ def solve_map(
             return rows(z)
 
     by_rows = explicit(eager, start)
-    here, last = remembered(lambda _: None)
+    last: list[Any] = []
     parts = packing.parts
     sides = replace(specs.forward, parts=parts), replace(specs.adjoint, parts=parts)
-    problem = GeneralRows(by_rows, *sides, here, report)
+    problem = GeneralRows(by_rows, *sides, last.append, report)
     z = _attached(problem, start, by_rows.theta, specs.options.gradient, last)
     return packing.unpack(z), last[-1]
 
 
-def solve_affine(
+def solve_affine_under_transforms(
     weight: Tensor,
     c: Tensor,
     start: Tensor | None,
@@ -236,8 +230,8 @@ def solve_affine(
 ) -> tuple[Tensor, Solution]:
     """As ``affine.solve_affine``, under transforms; samples that are not ``finite`` ``(B, 1)`` are
     zero."""
-    here, last = remembered(lambda _: None)
-    problem = AffineRows(activation, specs, here, report)
+    last: list[Any] = []
+    problem = AffineRows(activation, specs, last.append, report)
     c = c if finite is None else torch.where(finite, c, 0.0)
     start = torch.zeros_like(c) if start is None else start
     z = _attached(problem, start.detach(), [weight, c], specs.options.gradient, last)
