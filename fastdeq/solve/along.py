@@ -33,7 +33,8 @@ class Along:
         def run(point: Tensor) -> Tensor:
             self._evaluations += 1
             if self._evaluations in self.counts:
-                self._points[self._evaluations] = point.detach().clone()
+                # An iteration leaves a point alone that somebody holds.
+                self._points[self._evaluations] = point.detach()
             return f(point)
 
         return run

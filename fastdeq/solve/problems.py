@@ -136,7 +136,6 @@ class GeneralRows:
             )
             solution = without_first(solution)
             u = unit.restore(solution.value.clone())
-        u = torch.where(g.isfinite().all(1, keepdim=True), u, torch.nan)
         if self.adjoint.limit is None:
             self.report_adjoint(solution.with_value(u.detach().clone()))
             return u

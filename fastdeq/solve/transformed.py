@@ -232,7 +232,6 @@ def solve_affine_under_transforms(
     zero."""
     last: list[Any] = []
     problem = AffineRows(activation, specs, last.append, report)
-    c = c if finite is None else torch.where(finite, c, 0.0)
     start = torch.zeros_like(c) if start is None else start
     z = _attached(problem, start.detach(), [weight, c], specs.options.gradient, last)
     return z if finite is None else torch.where(finite, z, 0.0), last[-1]

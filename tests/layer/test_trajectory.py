@@ -127,6 +127,19 @@ def test_bad_samples_and_no_grad_mode(kind):
     assert whole(layer(x)).abs().sum() > 0
 
 
+def test_a_cell_that_writes_to_its_argument_at_times():
+    """The solve begins again with copies of the points, and so do the counts."""
+    x, calls = torch.randn(3, 4, dtype=torch.float64), []
+
+    def cell(z, x):
+        calls.append(z)
+        return z.mul_(0.5).add_(x) if len(calls) == 3 else 0.5 * z + x
+
+    layer = DEQLayer(cell, solver=Picard(), tol=1e-8)
+    found = trajectory(layer, x, states=AT)
+    same(found[:-1], [2 * x * (1 - 0.5**k) for k in AT])
+
+
 def test_numbers_of_states_and_starts():
     layer, cell, x = problem("general", solver=Picard(fixed_iterations=9), tol=0.5)
     states = trajectory(layer, x, states=3)
