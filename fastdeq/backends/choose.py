@@ -35,7 +35,6 @@ CUDA_SOLVERS = ("picard", "neumann", "anderson", "heavy_ball")
 PERSISTENT_WORK = 2e8
 _LEAST_CAPABILITY = (8, 0)
 _NO_LOW_PRECISION = "it has no low-precision products"
-PLAIN_PYTORCH = "Anderson acceleration of type I and stop_norm='max' are in plain PyTorch alone"
 
 
 class Request(NamedTuple):
@@ -111,7 +110,7 @@ def check_device(backend: str, device_type: str) -> None:
 
 def _no_solver(request: Request, solvers: tuple[str, ...]) -> str:
     if request.options.solver in solvers:
-        return PLAIN_PYTORCH if request.options.is_python_alone else ""
+        return request.options.why_plain_pytorch
     names = ", ".join(map(repr, solvers))
     return f"it has no solver {request.options.solver!r}, only {names}"
 
@@ -154,8 +153,8 @@ def _why_not_triton(request: Request) -> str:
         return "on the CPU it is for tests alone"  # in the interpreter, where asked for by name
     if request.options.min_iter:
         return "it knows no min_iter"
-    if request.options.is_python_alone:
-        return PLAIN_PYTORCH
+    if reason := request.options.why_plain_pytorch:
+        return reason
     if request.options.first_window:
         return "its history does not grow, as first_window says"
     return why_not_device("triton", request.device_type)

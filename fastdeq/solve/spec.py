@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.choose import PLAIN_PYTORCH, Request, check_device, require_engine
+from ..backends.choose import Request, check_device, require_engine
 from ..backends.device import gpu_of
 from ..errors import BackendError
 from ..ops import anderson_mix, gmres_step
@@ -138,9 +138,10 @@ class SolveSpec:
         if has_no_numbers(start):
             return self._shapes(first(start))
         check_device(self.backend, start.device.type)
-        if self.options.is_python_alone and self.backend not in ("auto", "reference"):
+        reason = self.options.why_plain_pytorch
+        if reason and self.backend not in ("auto", "reference"):
             raise BackendError(
-                f"backend={self.backend!r} is not available for this {self.what}: {PLAIN_PYTORCH}. "
+                f"backend={self.backend!r} is not available for this {self.what}: {reason}. "
                 "Available here: 'auto', 'reference'."
             )
         compiled = self.is_compiled(start)
@@ -176,7 +177,7 @@ class SolveSpec:
         """Whether compiled code iterates from rows like ``start`` ``(B, n)``."""
         if self.options.min_iter and (start.device.type != "cpu" or self.backend == "triton"):
             return False  # the kernels do not know it
-        if self.options.is_python_alone:
+        if self.options.why_plain_pytorch:
             return False
         return is_compiled(self.solver, self.backend, start)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 PRECISIONS = ("auto", "float32", "mixed")
+#: Solvers without compiled code, for maps of any kind.
+PYTHON_SOLVERS = ("broyden", "newton_krylov", "bicgstab", "peaceman_rachford")
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,13 @@ class SolveOptions:
         return cls(solver.name, tol, max_iter, patience, atol, precision, **own)
 
     @property
-    def is_python_alone(self) -> bool:
-        """Whether no compiled code has this kind of a solver, or stops in this norm."""
-        return self.kind != "II" or self.stop_norm != "2"
+    def why_plain_pytorch(self) -> str:
+        """Why no compiled code makes these iterations; "" where some may."""
+        if self.solver in PYTHON_SOLVERS:
+            return f"solver {self.solver!r} is in plain PyTorch alone"
+        if self.kind != "II":
+            return "Anderson acceleration of type I is in plain PyTorch alone"
+        return "" if self.stop_norm == "2" else "stop_norm='max' is in plain PyTorch alone"
 
     @property
     def updates(self) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdeq import AffineCell, DEQLayer, fixed_point, trajectory
+from fastdeq import AffineCell, BackendError, DEQLayer, fixed_point, trajectory
 
 
 class Wide(nn.Module):
@@ -14,6 +14,17 @@ class Wide(nn.Module):
 
     def forward(self, z, x):
         return torch.tanh(0.1 * self.recurrent(z) + self.inject(x))
+
+
+@pytest.mark.parametrize("solver", ["broyden", "newton_krylov"])
+def test_solvers_in_plain_pytorch_do_not_pass_for_others(solver):
+    layer = DEQLayer(lambda z, x: 0.5 * z + x, solver=solver, backend="cpp")
+    with pytest.raises(BackendError, match=f"{solver}' is in plain PyTorch alone"):
+        layer(torch.ones(2, 3))
+    layer = DEQLayer(lambda z, x: 0.5 * z + x, adjoint="bicgstab", backend="cpp")
+    z = layer(torch.ones(2, 3, requires_grad=True))
+    with pytest.raises(BackendError, match="adjoint solve: solver 'bicgstab' is in plain PyTorch"):
+        z.sum().backward()
 
 
 def test_a_state_wider_than_x_names_the_start():
