@@ -204,21 +204,17 @@ def _product(fz: Tensor, at: Tensor, u: Tensor, count: int | None = None) -> Ten
     does not depend on z."""
     if not fz.requires_grad:
         return None
-    create = torch.is_grad_enabled()
-    if count is not None:
-        found = torch.autograd.grad(
-            fz,
-            at,
-            u.unflatten(0, (count, -1)),
-            retain_graph=True,
-            create_graph=create,
-            allow_unused=True,
-            is_grads_batched=True,
-        )[0]
-        return None if found is None else found.flatten(0, 1)
-    return torch.autograd.grad(
-        fz, at, u, retain_graph=True, create_graph=create, allow_unused=True
+    batched = count is not None
+    found = torch.autograd.grad(
+        fz,
+        at,
+        u.unflatten(0, (count, -1)) if batched else u,  # type: ignore[arg-type]
+        retain_graph=True,
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+        is_grads_batched=batched,
     )[0]
+    return found.flatten(0, 1) if batched and found is not None else found
 
 
 def begun_after(spec: SolveSpec, solution: Solution) -> SolveSpec:
