@@ -7,7 +7,7 @@ TORCH ?= 2.15.0
 SOURCES := fastdeq/constants.py csrc/generate_constants.py csrc/toolchain.py \
 	$(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: setup demo test test-kernels test-torch cuda-build coverage bench gpu lint format docs clean
+.PHONY: setup demo study test test-kernels test-torch cuda-build coverage bench gpu lint format docs clean
 
 setup: .venv/.ready
 
@@ -19,6 +19,11 @@ setup: .venv/.ready
 
 demo: setup
 	$(BIN)/python examples/digits.py
+
+# The initialisation study, in the folder study/: an interrupted one continues. OPTIONS=--quick takes
+# three minutes, the whole about an hour on two cores.
+study: setup
+	$(BIN)/python -m fastdeq study $(OPTIONS)
 
 # Files are spread over two processes, each with one thread. The second run has the Triton kernels in
 # Triton's interpreter, which must be chosen at the start.

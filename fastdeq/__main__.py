@@ -1,8 +1,10 @@
-"""The command line, ``python -m fastdeq info``: options, and the question about a shape."""
+"""The command line, ``python -m fastdeq info``: options, and the question about a shape; and where
+``study`` is found."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--precision", default="auto")
     info.add_argument("--solver", default="auto")
     info.add_argument("--adjoint", default="auto")
+    commands.add_parser("study", help="the initialisation study, with its report; study --help")
     return parser
 
 
@@ -82,6 +85,10 @@ def report_shape(
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["study"]:
+        from .study.command import main as study  # needs fastdeq[study], and has its own options
+
+        sys.exit(study(sys.argv[2:]))
     parser = _parser()
     given = vars(parser.parse_args())
     if given["size"] is None:

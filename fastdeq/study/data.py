@@ -1,5 +1,7 @@
 """Handwritten digits: scikit-learn's, which need no download, and MNIST from its IDX files.
 
+Text is in text.py.
+
 IDX, all numbers big-endian: two zero bytes, a dtype code, the number of dimensions, the sizes as
 uint32, then the values, last dimension fastest. Source: the format note on the MNIST page (LeCun,
 Cortes and Burges).
@@ -26,20 +28,18 @@ _CLASSES = 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as rows and their labels: x ``(N, n)`` float32, y ``(N,)`` int64 in [0, 10)."""
+    """Inputs and labels, by default images as rows: x ``(N, n)`` float32, y ``(N,)`` int64 in
+    [0, classes); of a text x and y are codes ``(N, T)``, y being the characters that follow."""
 
     x_train: Tensor
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+    classes: int = _CLASSES
 
     @property
     def in_features(self) -> int:
         return self.x_train.shape[1]
-
-    @property
-    def classes(self) -> int:
-        return _CLASSES
 
 
 def digits(seed: int = 0, *, test_share: float = 0.25) -> Dataset:

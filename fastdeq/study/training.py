@@ -6,7 +6,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,49 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ..errors import check_choice
-from ..solution import Solution
-from ..weights import WEIGHTS
 from .classifier import DEQClassifier
+from .config import Config
 from .data import Dataset
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run: SGD with Nesterov momentum and a cosine schedule, the same for every family.
-
-    ``scale`` is the spectral radius of W at initialisation; with ``parametrized=False`` W has its
-    structure at initialisation only. A gradient longer than ``max_gradient`` is shortened to it.
-
-    Raises:
-        ValueError: an unknown family, sizes below 1, or a scale or rate that is not positive.
-    """
-
-    weight: str
-    scale: float
-    parametrized: bool = True
-    features: int = 128
-    epochs: int = 8
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    max_gradient: float = 1.0
-    tol: float = 1e-3
-    max_iter: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice(self.weight, WEIGHTS, "weight")
-        if min(self.features, self.epochs, self.batch_size) < 1:
-            raise ValueError(f"features, epochs and batch_size must be >= 1, got {self}.")
-        for name in ("scale", "learning_rate", "max_gradient"):
-            if not 0 < getattr(self, name) < math.inf:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-
-    def steps(self, samples: int) -> int:
-        """Updates in a run on so many training samples."""
-        return self.epochs * math.ceil(samples / self.batch_size)
+from .spectra import eigenvalues
+from .trace import Tally, Trace
+from .transformer import CharacterTransformer
 
 
 @dataclass(frozen=True)
@@ -64,8 +28,8 @@ class Result:
     """What a run came to. Means and shares are over all samples of all training steps.
 
     Attributes:
-        test_accuracy: share of test images classified correctly after training.
-        loss: mean cross-entropy of the last epoch.
+        test_accuracy: share of test images classified correctly after training, or of characters.
+        loss: mean cross-entropy of the last epoch, nats.
         forward_iterations, backward_iterations: mean per sample and solve.
         forward_converged, backward_converged: share of solves that met the tolerance.
         nonfinite: solves, forward or backward, that met NaN or infinity.
@@ -74,6 +38,11 @@ class Result:
             ``|W^T W / scale^2 - I|`` for orthogonal, ``|W - W^T| / max |W|`` for symmetric weights
             (largest entry); None for dense ones.
         seconds: wall time of training, evaluation excluded.
+        test_loss: mean cross-entropy of the test part, nats.
+        updates: steps of the optimiser, those left out included.
+        trace: lists over the run, by the names of ``trace.COLUMNS`` and "step".
+        spectra: eigenvalues "weight_before", "weight_after", "jacobian_before", "jacobian_after",
+            each as real and imaginary parts in turn; empty where not asked for.
     """
 
     config: Config
@@ -87,65 +56,61 @@ class Result:
     skipped: int
     structure_drift: float | None
     seconds: float
+    test_loss: float
+    updates: int
+    trace: dict[str, list[Any]] = field(repr=False)
+    spectra: dict[str, list[float]] = field(repr=False)
 
 
-class _Tally:
-    """Sums over solves, kept on the device: reading them every step would synchronise it."""
+Model = DEQClassifier | CharacterTransformer
 
-    def __init__(self) -> None:
-        self.samples = 0
-        self.sums: Tensor | float = 0.0
 
-    def add(self, solution: Solution) -> None:
-        self.samples += len(solution.status)
-        parts = (solution.iterations, solution.converged, solution.nonfinite)
-        self.sums = self.sums + torch.stack([p.sum(dtype=torch.float64) for p in parts])
-
-    def read(self) -> tuple[float, float, int]:
-        """Mean iterations, share converged, number of non-finite solves."""
-        if not self.samples:
-            return math.nan, math.nan, 0
-        iterations, converged, nonfinite = self.sums.tolist()
-        return iterations / self.samples, converged / self.samples, int(nonfinite)
+def model_of(config: Config, dataset: Dataset) -> Model:
+    """The untrained model of a run, drawn from the global random state."""
+    family = {
+        "weight": config.weight,
+        "scale": config.scale,
+        "parametrized": config.parametrized,
+        "activation": config.activation,
+    }
+    options = {**family, **config.solve_options}
+    if config.task == "characters":
+        context = dataset.x_train.shape[1]
+        return CharacterTransformer(dataset.classes, config.features, context, **options)
+    return DEQClassifier(dataset.in_features, config.features, dataset.classes, **options)
 
 
 def train(dataset: Dataset, config: Config, on_step: Callable[[], None] | None = None) -> Result:
-    """Trains one classifier; the global random state is left as it was.
+    """Trains one model; the global random state is left as it was.
 
     Args:
-        dataset: of :func:`fastdeq.study.digits` or :func:`fastdeq.study.mnist`.
+        dataset: of :func:`fastdeq.study.digits`, :func:`fastdeq.study.mnist` or
+            :func:`fastdeq.study.characters`, for the task of ``config``.
         config: the run.
         on_step: called after every update.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = DEQClassifier(
-            dataset.in_features,
-            config.features,
-            dataset.classes,
-            weight=config.weight,
-            scale=config.scale,
-            parametrized=config.parametrized,
-            tol=config.tol,
-            max_iter=config.max_iter,
-            on_failure="ignore",  # the share that converged is part of the result
-        )
-        return _run(model, dataset, config, on_step or (lambda: None))
+        return _run(model_of(config, dataset), dataset, config, on_step or (lambda: None))
 
 
-def _run(
-    model: DEQClassifier, dataset: Dataset, config: Config, on_step: Callable[[], None]
-) -> Result:
+def _run(model: Model, dataset: Dataset, config: Config, on_step: Callable[[], None]) -> Result:
     optimizer = _optimizer(model, config)
     steps = config.steps(len(dataset.x_train))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    forward, backward = _Tally(), _Tally()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    forward, backward, trace = Tally(), Tally(), Trace()
+    step = 0
     skipped, drifts, losses = 0, [], []
+    spectra = eigenvalues(model, dataset, "before") if config.spectra else {}
     start = time.perf_counter()
     for _ in range(config.epochs):
         losses = []
         for batch in torch.randperm(len(dataset.x_train)).split(config.batch_size):
-            loss = F.cross_entropy(model(dataset.x_train[batch]), dataset.y_train[batch])
+            # Torch's own schedule warns where the first update is left out.
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            step += 1
+            loss = _cross_entropy(model(dataset.x_train[batch]), dataset.y_train[batch])
             optimizer.zero_grad()
             loss.backward()
             length = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient)
@@ -154,19 +119,23 @@ def _run(
                 optimizer.step()
             else:
                 skipped += 1
-            schedule.step()
+            adjoint = model.layer.last_adjoint_solution if config.gradient == "implicit" else None
             forward.add(model.layer.last_solution)
-            backward.add(model.layer.last_adjoint_solution)
+            backward.add(adjoint)
+            trace.add(loss, model.layer.last_solution, adjoint, length)
             losses.append(loss.detach())
             on_step()
-        drifts.append(structure_drift(model.layer.cell.recurrent_weight().detach(), config))
+        drifts.append(_drift(model, config))
     seconds = time.perf_counter() - start
+    if config.spectra:
+        spectra |= eigenvalues(model, dataset, "after")
 
     forward_iterations, forward_converged, forward_nonfinite = forward.read()
     backward_iterations, backward_converged, backward_nonfinite = backward.read()
+    test_accuracy, test_loss = evaluate(model, dataset.x_test, dataset.y_test)
     return Result(
         config=config,
-        test_accuracy=accuracy(model, dataset.x_test, dataset.y_test),
+        test_accuracy=test_accuracy,
         loss=float(torch.stack(losses).mean()),
         forward_iterations=forward_iterations,
         backward_iterations=backward_iterations,
@@ -176,27 +145,52 @@ def _run(
         skipped=skipped,
         structure_drift=None if drifts[0] is None else max(drifts),
         seconds=seconds,
+        test_loss=test_loss,
+        updates=steps,
+        trace=trace.binned(),
+        spectra=spectra,
     )
 
 
-def _optimizer(model: DEQClassifier, config: Config) -> torch.optim.Optimizer:
-    recurrent = model.layer.cell.weight.weight
-    rest = [p for p in model.parameters() if p is not recurrent]
+def _optimizer(model: Model, config: Config) -> torch.optim.Optimizer:
+    """One rate for all, in terms of W itself: an orthogonal W that is kept so is the factor, times
+    its scale, of a parameter with entries like those of ``sqrt(d) Q``."""
+    recurrent = [w.weight for w in model.recurrent_weights()]
+    own = {id(p) for p in recurrent}
+    rest = [p for p in model.parameters() if id(p) not in own]
     rate = config.learning_rate
+    adam = config.optimizer == "adam"
     if config.weight == "orthogonal" and config.parametrized:
-        # The parameter has unit entries and its factor R is of size sqrt(d), so W = scale Q moves
-        # scale^2 / d times as far as it would under a direct step of the same rate.
-        rate *= config.features / config.scale**2
-    groups = [{"params": rest}, {"params": [recurrent], "lr": rate}]
+        # The parameter starts at Q, so W = scale Q moves scale^2 times as far as it would under a
+        # direct step of the same rate, and scale times under one of Adam's, whose size is fixed.
+        rate /= config.scale if adam else config.scale**2
+    groups = [{"params": rest}, {"params": recurrent, "lr": rate}]
+    if adam:
+        return torch.optim.Adam(groups, lr=config.learning_rate)
     return torch.optim.SGD(
         groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0
     )
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of rows of x ``(N, n)`` whose largest logit is at their label in y ``(N,)``."""
-    return float((model(x).argmax(1) == y).float().mean())
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, rows: int = 512) -> tuple[float, float]:
+    """Share of labels y ``(N, ...)`` at the largest logit for x ``(N, ...)``, and mean
+    cross-entropy in nats; so many rows at a time."""
+    right, loss = 0.0, 0.0
+    for inputs, labels in zip(x.split(rows), y.split(rows), strict=True):
+        logits = model(inputs)
+        right += float((logits.argmax(-1) == labels).float().mean()) * len(inputs)
+        loss += float(_cross_entropy(logits, labels)) * len(inputs)
+    return right / len(x), loss / len(x)
+
+
+def _drift(model: Model, config: Config) -> float | None:
+    drifts = [structure_drift(w().detach(), config) for w in model.recurrent_weights()]
+    return None if drifts[0] is None else max(drifts)
 
 
 def structure_drift(weight: Tensor, config: Config) -> float | None:

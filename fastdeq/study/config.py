@@ -1,0 +1,110 @@
+"""What one training run is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..activations import ACTIVATIONS
+from ..errors import check_choice
+from ..gradients import Phantom
+from ..weights import WEIGHTS
+
+TaskName = Literal["digits", "mnist", "characters"]
+OptimizerName = Literal["sgd", "adam"]
+TASKS = ("digits", "mnist", "characters")
+OPTIMIZERS = ("sgd", "adam")
+#: Gradients of the study: exact at the equilibrium, or of five damped steps from it.
+GRADIENTS: dict[str, Any] = {"implicit": "implicit", "phantom": Phantom(steps=5, damping=0.5)}
+#: Solvers of the study, of both directions: plain iteration, Anderson acceleration, and what
+#: fastdeq chooses by the structure that W is certain to have.
+SOLVERS: dict[str, dict[str, str]] = {
+    "picard": {"solver": "picard", "adjoint": "neumann"},
+    "anderson": {"solver": "anderson", "adjoint": "anderson"},
+    "auto": {"solver": "auto", "adjoint": "auto"},
+}
+_FORMAT = 1  # changes when the same settings would come to other numbers
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: a cosine schedule from ``learning_rate`` to zero, the same for every family.
+
+    ``scale`` is the spectral radius of W at initialisation; with ``parametrized=False`` W has its
+    structure at initialisation only. A gradient longer than ``max_gradient`` is shortened to it;
+    infinity: none is. ``optimizer`` is "sgd" (with Nesterov ``momentum``) or "adam". ``spectra``
+    says whether eigenvalues are kept, of W and of the Jacobian.
+
+    Raises:
+        ValueError: an unknown name, sizes below 1, or a scale or rate that is not positive.
+    """
+
+    weight: str
+    scale: float
+    parametrized: bool = True
+    features: int = 128
+    epochs: int = 8
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    max_gradient: float = 1.0
+    tol: float = 1e-3
+    max_iter: int = 50
+    seed: int = 0
+    task: TaskName = "digits"
+    activation: str = "tanh"
+    solver: str = "auto"
+    gradient: str = "implicit"
+    optimizer: OptimizerName = "sgd"
+    spectra: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.weight, WEIGHTS, "weight")
+        check_choice(self.task, TASKS, "task")
+        check_choice(self.activation, ACTIVATIONS, "activation")
+        check_choice(self.solver, SOLVERS, "solver")
+        check_choice(self.gradient, GRADIENTS, "gradient")
+        check_choice(self.optimizer, OPTIMIZERS, "optimizer")
+        if min(self.features, self.epochs, self.batch_size) < 1:
+            raise ValueError(f"features, epochs and batch_size must be >= 1, got {self}.")
+        for name in ("scale", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+        if not self.max_gradient > 0:
+            raise ValueError(f"max_gradient must be positive, got {self.max_gradient!r}.")
+
+    @property
+    def solve_options(self) -> dict[str, Any]:
+        """Options of the run's :class:`fastdeq.DEQLayer`."""
+        return {
+            **SOLVERS[self.solver],
+            "gradient": GRADIENTS[self.gradient],
+            "tol": self.tol,
+            "max_iter": self.max_iter,
+            "on_failure": "ignore",  # the share that converged is part of the result
+        }
+
+    def steps(self, samples: int) -> int:
+        """Updates in a run on so many training samples."""
+        return self.epochs * math.ceil(samples / self.batch_size)
+
+    @property
+    def regime(self) -> str:
+        """Whether W is only "initialised" in its family, or "kept" there by parametrisation."""
+        return "kept" if self.parametrized and self.weight != "dense" else "initialised"
+
+    @property
+    def entry_scale(self) -> float:
+        """``sqrt(d)`` times the standard deviation of an entry of W: half the radius of a symmetric
+        W, and the radius of the others."""
+        return self.scale / 2 if self.weight == "symmetric" else self.scale
+
+    @property
+    def key(self) -> str:
+        """A name for the run, the same for the same settings on any machine."""
+        settings = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:20]
