@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import init as init
 from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
