@@ -32,13 +32,13 @@ from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
     from . import diagnostics as diagnostics
-    from .diagnostics import jacobian_penalty, spectral_radius
+    from .diagnostics import jacobian_penalty, recommend, spectral_radius
 else:
 
     def __getattr__(name):
         """``fastdeq.diagnostics`` and its functions that training uses, when they are first looked
         for: a solve does not need them."""
-        if name in ("diagnostics", "jacobian_penalty", "spectral_radius"):
+        if name in ("diagnostics", "jacobian_penalty", "recommend", "spectral_radius"):
             import importlib
 
             found = importlib.import_module(".diagnostics", __name__)
@@ -81,7 +81,9 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "fixed_point",
+    "init",
     "jacobian_penalty",
+    "recommend",
     "spectral_radius",
     "trajectory",
 ]
