@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_map
 from ..cells import AffineCell
 from ..layer import DEQLayer
 from ..options import Options
+from ..samples import as_rows
 from ..solution import Solution
 from ..solve.arguments import refuse_keywords
 from ..solve.cell_map import CellMap
 from ..solve.leading import leading_of
+from ..solve.nonfinite import samples_of
 from ..solve.packing import Packing
 from ..weights.square import Names, Square
 from .advice import Subject, Trial, advise
@@ -192,10 +194,10 @@ class _Measured:
         return torch.where(self.forward.nonfinite, math.nan, seen)
 
     def _subject(self, chosen: Subset, squares: list[Square]) -> Subject:
-        batch = self.forward.status.shape[0]
-        bad = torch.zeros(batch, dtype=torch.bool, device=self.forward.status.device)
-        if isinstance(self.x, Tensor) and self.x.dim() and self.x.shape[0] == batch and batch:
-            bad = ~(self.x.detach() * 0 == 0).reshape(batch, -1).all(1)
+        bad = torch.zeros_like(self.forward.status, dtype=torch.bool)
+        dims = samples_of(self.x, self.z, self.options.batch_dim)
+        if dims is not None and self.x.numel():
+            bad = ~(as_rows(self.x.detach(), dims) * 0 == 0).all(1)
         plain = isinstance(self.cell, AffineCell) and self.cell.is_plain()
         structure = self.cell.structure() if plain else None
         bound = None if structure is None else structure.contraction
