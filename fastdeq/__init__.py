@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import init as init
 from . import ops as ops  # registers the operators
 from .activations import ACTIVATIONS, Activation
 from .cells import AffineCell
@@ -31,13 +32,13 @@ from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
     from . import diagnostics as diagnostics
-    from .diagnostics import jacobian_penalty, spectral_radius
+    from .diagnostics import jacobian_penalty, recommend, spectral_radius
 else:
 
     def __getattr__(name):
         """``fastdeq.diagnostics`` and its functions that training uses, when they are first looked
         for: a solve does not need them."""
-        if name in ("diagnostics", "jacobian_penalty", "spectral_radius"):
+        if name in ("diagnostics", "jacobian_penalty", "recommend", "spectral_radius"):
             import importlib
 
             found = importlib.import_module(".diagnostics", __name__)
@@ -80,7 +81,9 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "fixed_point",
+    "init",
     "jacobian_penalty",
+    "recommend",
     "spectral_radius",
     "trajectory",
 ]

@@ -220,7 +220,24 @@ class _Linearization:
             with torch.enable_grad():
                 self._forward = u, _pull(self.value, self.at, u, create_graph=True)
         u, image = self._forward
-        return _pull(image, u, rows)
+        found = _pull(image, u, rows)
+        # Zeros are right where J is zero, and only there.
+        if not bool(found.any()) and bool(_pull(self.value, self.at, rows).any()):
+            self._refuse_constant(image, u)
+        return found
+
+    @staticmethod
+    def _refuse_constant(image: Tensor, u: Tensor) -> None:
+        """Raises RuntimeError where ``J^T u`` does not depend on u for autograd."""
+        seen = None
+        if image.requires_grad:
+            ones = torch.ones_like(image)
+            (seen,) = torch.autograd.grad(image, u, ones, retain_graph=True, allow_unused=True)
+        if seen is None:
+            raise RuntimeError(
+                "the backward pass of the cell cannot be differentiated, so that there are no "
+                "products with J: write it in differentiable operations."
+            )
 
     def estimate(
         self,

@@ -4,10 +4,12 @@ independent."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cells import AffineCell
 from ..options import Options
@@ -81,6 +83,56 @@ class Recorded(nn.Module):
     @last_adjoint_solution.setter
     def last_adjoint_solution(self, solution: Solution | None) -> None:
         self._record.put("adjoint", solution)
+
+    def diagnose(
+        self,
+        x: Any,
+        /,
+        *context: Any,
+        z0: Any = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        names: Any = None,
+        samples: int = 8,
+        max_products: int = 100,
+        generator: torch.Generator | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """How this layer solves a batch and is differentiated, and what to change: a
+        :class:`fastdeq.diagnostics.Diagnosis`, which prints as a table.
+
+        It solves the batch with the options of the layer, takes plain steps from the same start,
+        probes the Jacobian of some samples, and solves one adjoint. The layer is left as it was:
+        its solutions, mode, buffers, gradients and the state of random numbers.
+
+        Args:
+            x: what the layer takes.
+            context: further arguments of the cell.
+            z0: start of the solve.
+            loss: a function of the state that returns one number; None: random directions of unit
+                norm, and the mean over the samples.
+            names: which square weights the state runs through, as in :mod:`fastdeq.init`; None:
+                all, those of W for an :class:`fastdeq.AffineCell`.
+            samples: most samples to probe for the spectrum of J.
+            max_products: most products with J of a sample, >= 2.
+            generator: of random directions; None: fixed ones.
+            keywords: of the cell, by name.
+
+        Raises:
+            TypeError, ValueError: what the layer raises for such arguments; options out of range.
+        """
+        measure = importlib.import_module("fastdeq.diagnostics.measure")
+        return measure.diagnose(
+            self,
+            x,
+            context,
+            keywords,
+            z0=z0,
+            loss=loss,
+            names=names,
+            samples=samples,
+            max_products=max_products,
+            generator=generator,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without the record of past solves and checks."""

@@ -28,6 +28,7 @@ ROOMS = (
     "options",
     "gradients",
     "cells",
+    "init",
     "weights",
     "ops",
     "backends",

@@ -1,0 +1,46 @@
+"""A cell that is looked at and left as it was: buffers and the state of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..solve.checked_maps import modules_of
+
+
+@contextmanager
+def untouched(cell: Any, arguments: Any) -> Iterator[None]:
+    """Autograd records, and nothing of ``cell`` or of the default generators is changed at the end.
+
+    Evaluations see copies of the buffers, those of batch normalisation for instance, as a graph of
+    the caller's may have saved the others, and writing to these would spoil it. They leave
+    gradients and modes alone by themselves.
+    """
+    modules = all_modules(cell)
+    leaves = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+    leaves += [p for module in modules for p in module.parameters()]
+    devices = sorted({t.device.index for t in leaves if t.device.type == "cuda"})
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=devices),
+    ):
+        kept = {owner: dict(owner._buffers) for module in modules for owner in module.modules()}
+        try:
+            for owner, buffers in kept.items():
+                owner._buffers.update({n: b.clone() for n, b in buffers.items() if b is not None})
+            yield
+        finally:
+            for owner, buffers in kept.items():
+                owner._buffers.clear()
+                owner._buffers.update(buffers)
+
+
+def all_modules(cell: Any) -> list[nn.Module]:
+    """The cell, or what a function holds or names."""
+    return [cell] if isinstance(cell, nn.Module) else modules_of(cell)
