@@ -142,8 +142,8 @@ def differences(ranges: pd.DataFrame, axis: str, first: str, second: str) -> pd.
 
     Returns:
         One row per pair: the other keys, ``seed``, ``width`` and ``upper`` (second minus first),
-        ``unseen`` (the difference cannot be seen: both reach the common upper end, or neither has a
-        stable scale).
+        ``empty_a`` and ``empty_b`` (first, second without a stable scale), ``unseen`` (the
+        difference cannot be seen: both reach the common upper end, or both are empty).
     """
     keys = [k for k in (*SETTING, "weight", "seed") if k != axis]
     a, b = (ranges[ranges[axis] == value].drop(columns=axis) for value in (first, second))
@@ -156,9 +156,10 @@ def differences(ranges: pd.DataFrame, axis: str, first: str, second: str) -> pd.
         lower = np.maximum(pairs[f"lower_{side}"], bottom)
         least = -pairs[f"step_{side}"]
         cut["width", side] = np.maximum(cut["upper", side] - lower, least)
-    result = pairs[keys].copy()
+    result = pairs[[*keys, "empty_a", "empty_b"]].copy()
     for name in ("width", "upper"):
-        result[name] = cut[name, "b"] - cut[name, "a"]
+        # Equal edges differ by rounding errors, which must not decide.
+        result[name] = (cut[name, "b"] - cut[name, "a"]).round(6) + 0.0
     both_end = (cut["upper", "a"] >= top - 1e-9) & (cut["upper", "b"] >= top - 1e-9)
     result["unseen"] = both_end | (pairs["empty_a"] & pairs["empty_b"])
     return result
