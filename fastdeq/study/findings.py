@@ -18,6 +18,15 @@ _MEASURE = {"spectral_radius": "", "variance": " at equal entry variance"}
 
 
 @dataclass(frozen=True)
+class Grid:
+    """A table for the page."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
 class Finding:
     """A sentence and, where it is about a claim, its verdict."""
 
@@ -99,22 +108,41 @@ def families(
 
 
 def tally(
-    evaluation: Evaluation, convention: str = "spectral_radius", **setting: str
+    evaluation: Evaluation, convention: str = "spectral_radius", regime: str = ""
 ) -> Iterator[Finding]:
-    """How often a family has a broader range than dense weights, over all settings."""
+    """How often a family has a broader range than dense weights, over the settings of a regime."""
+    place = f" ({REGIME_WORDS[regime]})" if regime else ""
     for family in ("orthogonal", "symmetric"):
-        found = where(compare(evaluation, "weight", "dense", family, convention), **setting)
-        if found.empty:
+        found = compare(evaluation, "weight", "dense", family, convention)
+        found = where(found, regime=regime) if regime else found
+        if len(found) < 2:
             continue
         counts = found["verdict"].value_counts()
-        shares = [f"{counts[v]} {v}" for v in VERDICTS if v in counts]
-        many = f"{len(found)} settings" if len(found) > 1 else "the one setting"
+        shares = [f"{v} in {counts[v]}" for v in VERDICTS if v in counts]
         text = (
-            f"{family.capitalize()} weights have a broader stable range than dense "
-            f"ones{_MEASURE[convention]}: of {many} compared, {_listed(shares)}; median "
-            f"difference {_octaves(float(found['width'].median()))}."
+            f"“{family.capitalize()} weights train stably over a broader range of scales than "
+            f"dense ones{_MEASURE[convention]}”{place}: {listed(shares)} of {len(found)} settings; "
+            f"the range is wider by {octaves_of(float(found['width'].median()))} in the median "
+            "over settings."
         )
         yield Finding(text, _overall(counts, len(found)))
+
+
+def comparisons(evaluation: Evaluation, convention: str = "spectral_radius") -> Grid:
+    """Every comparison with dense weights, a row each."""
+    table = evaluation.table(convention=convention)
+    rows = []
+    for family in ("orthogonal", "symmetric"):
+        for row in compare(evaluation, "weight", "dense", family, convention).itertuples():
+            here = where(table, **{k: getattr(row, k) for k in SETTING})
+            edge = {r.weight: scales(r) for r in here.itertuples()}
+            setting = [getattr(row, k) for k in SETTING]
+            rows.append(
+                [family, *setting, edge[family], edge["dense"], _interval(row), row.verdict]
+            )
+    title = f"All comparisons with dense weights{_MEASURE[convention]}"
+    columns = ["weight", *SETTING, "up to", "dense up to", "wider by (octaves)", "“broader” is"]
+    return Grid(title, columns, rows)
 
 
 def _overall(counts: pd.Series, settings: int) -> str:
@@ -126,74 +154,6 @@ def _overall(counts: pd.Series, settings: int) -> str:
     return top
 
 
-def pairs(evaluation: Evaluation, axis: str, first: str, second: str) -> Iterator[Finding]:
-    """Two solvers, regimes, gradients or tasks, a sentence per family over its settings."""
-    found = compare(evaluation, axis, first, second)
-    words = SOLVER_WORDS | REGIME_WORDS
-    for family in evaluation.values("weight"):
-        rows = found[(found["weight"] == family)]
-        if axis == "regime" and family == "dense":
-            continue  # the same runs
-        if axis == "solver" and family == "dense":
-            rows = rows[rows["regime"] == "initialised"]
-        for regime in [""] if axis == "regime" else evaluation.values("regime", rows):
-            part = rows if axis == "regime" else rows[rows["regime"] == regime]
-            if part.empty:
-                continue
-            wider, narrower = (int((part["verdict"] == v).sum()) for v in (SUPPORT, CONTRADICT))
-            place = "" if not regime or family == "dense" else f" ({REGIME_WORDS[regime]})"
-            many = f"{len(part)} settings" if len(part) > 1 else "one setting"
-            yield Finding(
-                f"{family.capitalize()} weights{place}: the range with "
-                f"{words.get(second, second)} against {words.get(first, first)} is wider in "
-                f"{wider} and narrower in {narrower} of {many}, by "
-                f"{_octaves(float(part['width'].median()), signed=True)} in the median "
-                f"({_octaves(float(part['width'].min()), signed=True)} to "
-                f"{_octaves(float(part['width'].max()), signed=True)})."
-            )
-
-
-def learning(evaluation: Evaluation, **setting: str) -> Iterator[Finding]:
-    """How much wider the range is in which runs learn, whether or not the solves converge."""
-    both = evaluation.table().merge(
-        evaluation.table("learns"), on=[*SETTING, "weight"], suffixes=("", "_learns")
-    )
-    both = where(both, **setting)
-    for family in evaluation.values("weight", both):
-        rows = both[both["weight"] == family]
-        more = rows["width_learns"] - rows["width"]
-        yield Finding(
-            f"{family.capitalize()} weights: the range in which runs learn, converged or not, is "
-            f"{_octaves(float(more.median()))} wider in the median than the range in which they "
-            f"also solve (at most {_octaves(float(more.max()))})."
-        )
-
-
-def accuracies(evaluation: Evaluation) -> Iterator[Finding]:
-    """The best median accuracy of each family, and that at the largest scale it was run at."""
-    for shown in evaluation.tasks():
-        runs = evaluation.select(**shown)
-        medians = runs.groupby(["weight", "regime", "activation", "scale"])["test_accuracy"]
-        medians = medians.median()
-        for activation in evaluation.values("activation", runs):
-            here = medians.xs(activation, level="activation").dropna()
-            parts = []
-            for family in evaluation.values("weight", runs):
-                if family not in here.index.get_level_values("weight"):
-                    continue
-                of_family = here.xs(family, level="weight").groupby(level="scale").max()
-                last = float(of_family.index.max())
-                parts.append(
-                    f"{family} {of_family.max():.1%} at best and {of_family[last]:.1%} at scale "
-                    f"{last:.3g}"
-                )
-            if parts:
-                yield Finding(
-                    f"{shown['task']}, {activation}, {shown['solver']}, best regime of each "
-                    f"family: median test accuracy {_listed(parts)}."
-                )
-
-
 def _setting(row: object) -> str:
     parts = [row.task, row.activation, SOLVER_WORDS.get(row.solver, row.solver)]
     parts += [f"{row.gradient} gradient", REGIME_WORDS.get(row.regime, row.regime)]
@@ -201,26 +161,35 @@ def _setting(row: object) -> str:
 
 
 def _up_to(edge: str) -> str:
-    return "at no scale" if edge == "none" else f"up to {edge}"
+    if edge == "none":
+        return "at no scale"
+    return f"up to at least {edge[2:]}" if edge.startswith("≥") else f"up to {edge}"
 
 
 def _wider(row: object) -> str:
-    seeds = f"{row.pairs} seed{'s' if row.pairs > 1 else ''}"
-    interval = f" [{_signed(row.low)}, {_signed(row.high)}]" if row.pairs > 1 else ""
-    return f"the range is wider by {_signed(row.width)}{interval} octaves ({seeds})"
+    seeds = f"{row.pairs} seed" + ("s" if row.pairs > 1 else "")
+    return f"the range is wider by {_interval(row)} octaves ({seeds})"
 
 
-def _octaves(value: float, signed: bool = False) -> str:
-    number = _signed(value)
-    number = f"+{number}" if signed and value > 0 else number
+def _interval(row: object) -> str:
+    interval = f" [{signed(row.low)}, {signed(row.high)}]" if row.pairs > 1 else ""
+    return f"{signed(row.width)}{interval}"
+
+
+def octaves_of(value: float, plus: bool = False) -> str:
+    """A width or a difference in words: "0.5 octaves", with ``plus`` "+0.5 octaves"."""
+    number = signed(value)
+    number = f"+{number}" if plus and value > 0 else number
     return f"{number} octave" + ("" if abs(value) == 1 else "s")
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Two digits, with a minus sign of the width of a digit."""
     if np.isnan(value):
         return "an unknown number of"
     return f"{value:.2g}".replace("-", "−") if abs(value) > 1e-9 else "0"  # noqa: RUF001
 
 
-def _listed(parts: list[str]) -> str:
+def listed(parts: list[str]) -> str:
+    """a, b and c."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"

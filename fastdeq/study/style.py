@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 # Colours that readers with red-green blindness tell apart (Okabe and Ito), a marker for print.
 FAMILY_STYLE = {
@@ -112,6 +112,25 @@ def scale_axis(axes: Any, scales: Iterable[float]) -> None:
     axes.set_xlim(low, high)
     if low < 1 < high:
         axes.axvspan(1, high, color="0.5", alpha=0.08, linewidth=0, zorder=0)
+
+
+def log_values(axes: Any) -> None:
+    """A logarithmic y axis with few, plain labels; a linear one where the values are close."""
+    low, high = axes.get_ylim()
+    if not 0 < low < high or high < 2.5 * low:
+        return
+    axes.set_yscale("log")
+    decades = np.log10(high / low)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def plain(value: float) -> str:
+    """A label without trailing zeros; powers of ten from 10,000 on and below 0.001."""
+    if value > 0 and not 1e-3 <= value < 1e4:
+        return f"10$^{{{np.log10(value):.2g}}}$"
+    return f"{value:.3g}"
 
 
 def band(axes: Any, x: Any, rows: Any, family: str, **style: Any) -> None:

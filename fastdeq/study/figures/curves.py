@@ -26,16 +26,15 @@ _METRICS = {"test_accuracy": "test accuracy", "test_loss": "final test loss"}
 _NAMES = {"test_accuracy": "accuracy", "test_loss": "loss"}
 
 
-def curves(evaluation: Evaluation) -> Iterator[Picture | Missing]:
-    """A picture per task, metric and convention, with a panel per activation and regime."""
+def curves(evaluation: Evaluation, convention: str) -> Iterator[Picture | Missing]:
+    """A picture per task and metric, with a panel per activation and regime."""
     if evaluation.judged.empty:
         yield Missing("There are no training runs, so that there are no curves of accuracy.")
         return
     for shown in evaluation.tasks():
-        for convention in CONVENTIONS:
-            for metric in _METRICS:
-                if convention == "spectral_radius" or metric == "test_accuracy":
-                    yield _picture(evaluation, shown, metric, convention)
+        for metric in _METRICS:
+            if convention == "spectral_radius" or metric == "test_accuracy":
+                yield _picture(evaluation, shown, metric, convention)
 
 
 def _picture(

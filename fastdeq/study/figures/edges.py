@@ -30,7 +30,10 @@ def hero(evaluation: Evaluation) -> Iterator[Picture | Missing]:
         "ranges",
         "Scales at which training is stable (learns and solves). Light bars: median range; "
         "markers: its upper edge with the 95 % interval over seeds. A bar that starts at the left "
-        "or ends in an arrow reaches the end of the grid. Shaded: spectral radius above 1.",
+        "or ends in an arrow reaches the end of the grid. Shaded: spectral radius above 1. "
+        "picard: plain iteration; anderson: Anderson acceleration; auto: fastdeq's own choice, "
+        "which uses the structure where it is kept. initialised: W has the structure only at the "
+        "start; kept: it keeps it in training (dense weights have none to keep).",
         figure,
     )
 
@@ -44,8 +47,8 @@ def by_variance(evaluation: Evaluation) -> Iterator[Picture | Missing]:
     yield Picture(
         "ranges_variance",
         "The same ranges with weights of equal entry variance side by side. At equal variance, "
-        "symmetric weights have twice the spectral radius of the others, and their grid ends an "
-        "octave earlier.",
+        "symmetric weights have twice the spectral radius of the others. The grids of the "
+        "families may begin and end at different entry scales.",
         draw(evaluation, table, ("solver", "regime"), "variance"),
     )
 

@@ -61,15 +61,22 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, scale: float, regime: s
     )
     grid = figure.subplots(2, 3, squeeze=False)
     for i, (kind, words) in enumerate(_KINDS.items()):
-        shown = []
+        starts, shown = [], []
         for j, family in enumerate(families[:3]):
             run = runs[runs["weight"] == family].iloc[0]
             before, after = (complex_values(run.get(f"{kind}_{w}")) for w in ("before", "after"))
-            shown += [v for v in (before, after) if v is not None]
+            starts.append(before)
+            shown.append(after)
             _panel(grid[i, j], before, after, family)
             grid[i, j].set_title(f"{family}: {words}\n{_radii(before, after)}")
-        reach = 1.12 * max([1.0, *(np.abs(v).max() for v in shown)])
-        for axes in grid[i]:
+        reach = 1.12 * _reach(starts, shown)
+        for j, axes in enumerate(grid[i, : len(shown)]):
+            outside = int((np.abs(shown[j]) > reach).sum()) if shown[j] is not None else 0
+            if outside:
+                axes.text(
+                    0.5, 0.02, f"{outside} after training lie outside", ha="center",
+                    transform=axes.transAxes, fontsize="small", color=family_style(families[j])[0],
+                )  # fmt: skip
             axes.set_xlim(-reach, reach)
             axes.set_ylim(-reach, reach)
             axes.set_aspect("equal")
@@ -77,7 +84,15 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, scale: float, regime: s
         axes.set_visible(False)
     handles = [
         Line2D([], [], marker="o", linestyle="", color="0.6", markersize=5, label="before"),
-        Line2D([], [], marker="o", linestyle="", color="0.1", markersize=5, label="after training"),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            color="0.1",
+            markersize=5,
+            label="after training (colour)",
+        ),
         Line2D([], [], color="0.3", linewidth=1, label="unit circle"),
     ]
     under_title(figure, handles)
@@ -89,6 +104,13 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, scale: float, regime: s
         "near the equilibrium if all eigenvalues of J lie inside the unit circle.",
         figure,
     )
+
+
+def _reach(before: list[np.ndarray | None], after: list[np.ndarray | None]) -> float:
+    """Half the side of the panels: all before training, and what did not explode after it."""
+    start = max([1.0, *(float(np.abs(v).max()) for v in before if v is not None)])
+    end = max([1.0, *(float(np.abs(v).max()) for v in after if v is not None)])
+    return max(start, min(end, 2 * start))
 
 
 def _panel(axes: Any, before: np.ndarray | None, after: np.ndarray | None, family: str) -> None:
@@ -103,5 +125,5 @@ def _panel(axes: Any, before: np.ndarray | None, after: np.ndarray | None, famil
 
 
 def _radii(before: np.ndarray | None, after: np.ndarray | None) -> str:
-    start, end = ("?" if v is None else f"{np.abs(v).max():.2f}" for v in (before, after))
+    start, end = ("?" if v is None else f"{np.abs(v).max():.3g}" for v in (before, after))
     return f"radius {start} → {end}"

@@ -11,6 +11,7 @@ from ..evaluation import REGIME_WORDS, SOLVER_WORDS, Evaluation, where
 from ..stability import number
 from ..style import Missing, Picture, band, band_words, family_legend, new_figure
 
+_FLOOR = 1e-8  # a residual of exactly 0 has no place on a logarithmic axis
 _ROWS = {
     "trace_loss": ("training loss (nats)", "linear"),
     "trace_forward_iterations": ("forward iterations", "linear"),
@@ -36,7 +37,7 @@ def traces(evaluation: Evaluation) -> Iterator[Picture | Missing]:
         yield _picture(evaluation, runs, shown | {"activation": activation, "regime": regime})
 
 
-def chosen_scales(evaluation: Evaluation, runs: pd.DataFrame) -> list[float]:
+def chosen_scales(runs: pd.DataFrame) -> list[float]:
     """Up to three scales: half of 1, the first at which a family stops being stable, the next."""
     scales = np.array(sorted(runs["scale"].unique()))
     share = runs.groupby(["weight", "scale"])["stable"].mean().groupby(level="scale").min()
@@ -49,7 +50,7 @@ def chosen_scales(evaluation: Evaluation, runs: pd.DataFrame) -> list[float]:
 
 
 def _picture(evaluation: Evaluation, runs: pd.DataFrame, shown: dict[str, str]) -> Picture:
-    scales = chosen_scales(evaluation, runs)
+    scales = chosen_scales(runs)
     rows = {name: about for name, about in _ROWS.items() if name in runs}
     figure = new_figure(f"Along training, {shown['task']}", 0.9 + 1.95 * len(rows))
     grid = figure.subplots(len(rows), len(scales), sharex=True, sharey="row", squeeze=False)
@@ -61,6 +62,7 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, shown: dict[str, str]) 
             for family in families:
                 x, values = aligned(at[at["weight"] == family], name)
                 if len(values):
+                    values = np.maximum(values, _FLOOR) if kind == "log" else values
                     band(axes, x, values, family, marker="", linewidth=1.6)
             if i == 0:
                 axes.set_title(f"scale {number(scale)}")
@@ -77,7 +79,8 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, shown: dict[str, str]) 
         f"traces_{shown['task']}",
         f"Loss, iterations per solve and relative residual along training ({shown['activation']}, "
         f"{solver}, {shown['gradient']} gradient, "
-        f"{REGIME_WORDS.get(shown['regime'], shown['regime'])}). Dotted: the tolerance. "
+        f"{REGIME_WORDS.get(shown['regime'], shown['regime'])}). Dotted: the tolerance; residuals "
+        "below 1e-8 are drawn there. "
         f"{band_words(runs['seed'].nunique())}.",
         figure,
     )
