@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +23,10 @@ from rich.progress import (
 )
 
 from .data import mnist
+from .html import write_report
 from .jobs import Job, jobs_of, run_all
 from .plan import Study, quick
+from .stability import summary
 from .store import Store, machine
 
 _LINES = 20  # of progress, where the output is no terminal
@@ -179,18 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failed:
             console.print(f"{failed} {part} runs ended with an exception: column error")
     console.print(f"Runs done in {time.perf_counter() - begin:.0f} s.")
-    settings = {**asdict(study), "command": "python -m fastdeq study " + " ".join(arguments)}
-    json.dumps(settings)
-    report(*tables, settings, Path(options.out), console)
+    settings = {**asdict(study), "command": f"python -m fastdeq study {shlex.join(arguments)}"}
+    if len(tables[0]):
+        console.print(summary(tables[0]))
+    page = write_report(*tables, settings, machine(), Path(options.out))
+    console.print(f"Report: {page}", soft_wrap=True)
     return 0
-
-
-def report(
-    training: pd.DataFrame,
-    initial: pd.DataFrame,
-    settings: dict[str, Any],
-    out: Path,
-    console: Console,
-) -> None:
-    """The summary on the console, and ``report.html`` with its pictures."""
-    console.print(f"{len(training)} {len(initial)} {settings['seeds']} {machine()['date']} {out}")

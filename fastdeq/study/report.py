@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from rich.table import Table
 
+from .style import FAMILY_STYLE
 from .training import Result
 
-# Colours that readers with red-green blindness tell apart (Okabe and Ito), a marker for print.
-_STYLE = {"dense": ("#D55E00", "o"), "orthogonal": ("#0072B2", "s"), "symmetric": ("#009E73", "^")}
 _MOSTLY = 0.9  # share of the solves of a point that must converge for a filled marker
 
 
@@ -98,7 +97,7 @@ def _scale(result: Result) -> float:
 
 
 def _line(axes: Any, rows: Sequence[Result], field: str, style: str, label: str) -> None:
-    color, marker = _STYLE[rows[0].config.weight]
+    color, marker = FAMILY_STYLE[rows[0].config.weight]
     scales = [_scale(r) for r in rows]
     values = [getattr(r, field) for r in rows]
     axes.plot(scales, values, style, color=color, linewidth=1.5)
