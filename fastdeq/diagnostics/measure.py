@@ -87,7 +87,7 @@ class _Measured:
         if isinstance(x, Tensor):
             x = x.detach()
             if x.is_floating_point() or x.is_complex():
-                x = x.clone().requires_grad_()
+                x = x.requires_grad_()
         self.x, self.context, self.keywords, self.z0 = x, context, keywords, z0
         self.probe = self._layer(self.cell, self.options)
         state = self.probe(x, *context, z0=z0, **keywords)

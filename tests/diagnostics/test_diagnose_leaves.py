@@ -110,6 +110,7 @@ def test_samples_that_are_not_finite():
     assert sorted(d.probed.tolist()) == rest.tolist()
     first = d.recommendations[0]
     assert (first.change, first.value) == ("input", [2, 5])
+    assert [r.change for r in d.recommendations] == ["input", "learning_rate"]
     assert "2 of 9 samples" in first.why
     assert "2 NONFINITE" in str(d)
     only = layer.diagnose(torch.full((3, 12), math.nan))

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastdeq
 from fastdeq import AffineCell, DEQLayer, Energy, Orthogonal, Picard
-from fastdeq.diagnostics import Recommendation, Recommendations
+from fastdeq.diagnostics import Recommendation, Recommendations, advice
 
 QUIET = {"on_failure": "ignore"}
 
@@ -61,6 +61,18 @@ def test_the_family_at_the_recommended_scale():
     assert again.diagnosis.converged_share == 1
     assert again.diagnosis.distance > 0.05
     assert "orthogonal" in str(found)
+
+
+def test_factors_are_tried_until_all_converge():
+    """A radius near the target is not enough; without one that is known the factor is halved."""
+    seen = []
+
+    def trial(factor):
+        seen.append(factor)
+        return (math.nan, 0.0) if factor > 1.5 else (0.8 * factor, 1.0 if factor < 0.9 else 0.5)
+
+    assert advice._tried(trial, 2.0) == (0.8, pytest.approx(0.64), 1.0)
+    assert seen == [2.0, 1.0, 0.8]
 
 
 def test_names_choose_the_weights():
@@ -228,6 +240,7 @@ def test_weights_that_cannot_be_multiplied_are_left():
     layer = DEQLayer(lambda z, x: 3 * cell(z, x), **QUIET)
     found = fastdeq.recommend(layer, torch.randn(9, 12))
     assert found[0].change == "scale"
+    assert "to first order it scales with first.weight, second.weight" in found[0].why
     left = found.apply(layer)
     assert "not applied (first.weight is parametrised" in left[0].why
 

@@ -27,9 +27,15 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_diagnostics_example_runs_as_printed(tmp_path):
-    (example,) = examples("docs/diagnostics.md")
-    assert run(example, tmp_path)
+def test_diagnostics_examples_run_as_printed(tmp_path):
+    printed = run("\n".join(examples("docs/diagnostics.md")), tmp_path)
+    assert "1. scale = 0." in printed
+    assert "['weight', 'learning_rate']" in printed
+
+
+def test_initialisation_examples_run_as_printed(tmp_path):
+    printed = run("\n".join([*examples("docs/initialisation.md"), "print(block)"]), tmp_path)
+    assert printed.count("OrthogonalMap(scale=") == 2
 
 
 def test_gradients_example_runs_as_printed(tmp_path):

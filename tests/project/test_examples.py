@@ -73,3 +73,18 @@ def test_structured_weights(tmp_path):
         assert float(accuracy) > 94
         assert float(radius) < 1.1
         assert float(error) <= 2e-2
+
+
+def test_recommend(tmp_path):
+    done = run("recommend.py", "--quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert all(len(line) < 80 for line in done.stdout.splitlines()[:-3])
+    assert "1. scale = 0." in done.stdout
+    assert "From orthogonal weights at scale" in done.stdout
+    rows = re.findall(r"^(.*): (\S+)% of the test digits, (\d+)% of", done.stdout, re.MULTILINE)
+    before, same_rate, after = ((float(a), float(c)) for _, a, c in rows)
+    assert after[0] > 70
+    assert max(before[0], same_rate[0]) < 50
+    assert after[1] == 100
+    assert max(before[1], same_rate[1]) < 10

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastdeq
-from fastdeq import AffineCell, Dense, Orthogonal, Symmetric, init
+from fastdeq import AffineCell, Dense, Orthogonal, Symmetric, SymmetricMap, init
 
 D, SCALE = 256, 0.8
 FAMILIES = {"dense": init.dense_, "orthogonal": init.orthogonal_, "symmetric": init.symmetric_}
@@ -203,7 +204,11 @@ def test_refused_names():
 def test_meta_tensors_have_nothing_to_draw(family):
     before = torch.get_rng_state()
     module = nn.Linear(4, 4, device="meta")
-    assert init.initialize_(module, family, 0.9) is module
+    generator = seeded()
+    assert init.initialize_(module, family, 0.9, generator=generator) is module
+    assert torch.equal(generator.get_state(), seeded().get_state())
+    parametrize.register_parametrization(module, "weight", SymmetricMap())
+    assert init.initialize_(module, family, 0.9).weight.device.type == "meta"
     assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(ValueError, match="not square"):
         init.initialize_(nn.Linear(4, 5, device="meta"), family, 0.9)
