@@ -50,7 +50,7 @@ def pairs(evaluation: Evaluation) -> Iterator[Finding | Grid]:
             )
     yield Grid(
         "Changes of the stable range, and in how many settings they are decided", _COLUMNS, rows
-    )  # noqa: E501
+    )
 
 
 def _groups(
