@@ -49,7 +49,9 @@ def by_variance(evaluation: Evaluation) -> Iterator[Picture | Missing]:
         "The same ranges with weights of equal entry variance side by side. At equal variance, "
         "symmetric weights have twice the spectral radius of the others. The grids of the "
         "families may begin and end at different entry scales.",
-        draw(evaluation, table, ("solver", "regime"), "variance"),
+        draw(
+            evaluation, table, ("solver", "regime"), "variance", "Stable ranges at equal variance"
+        ),
     )
 
 
@@ -70,12 +72,22 @@ def by_gradient(evaluation: Evaluation) -> Iterator[Picture | Missing]:
         "ranges_gradient",
         "Ranges with implicit and phantom gradients, for settings that were run with both. A "
         "phantom gradient needs no backward solve that could fail.",
-        draw(evaluation, table[complete], ("solver", "regime", "gradient"), "spectral_radius"),
+        draw(
+            evaluation,
+            table[complete],
+            ("solver", "regime", "gradient"),
+            "spectral_radius",
+            "Stable ranges by gradient",
+        ),
     )
 
 
 def draw(
-    evaluation: Evaluation, table: pd.DataFrame, rows: tuple[str, ...], convention: str
+    evaluation: Evaluation,
+    table: pd.DataFrame,
+    rows: tuple[str, ...],
+    convention: str,
+    title: str = "Where training is stable",
 ) -> Figure:
     """A panel per task and activation; a row per value of ``rows``, a bar per family."""
     panels = [
@@ -90,7 +102,7 @@ def draw(
     scales = evaluation.judged[CONVENTIONS[convention]]
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
-    figure = new_figure("Where training is stable", 1.3 + lines * (0.7 + _ROW * len(keys)))
+    figure = new_figure(title, 1.3 + lines * (0.7 + _ROW * len(keys)))
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, (task, activation) in zip(grid.flat, panels, strict=False):
         shown = table[(table["task"] == task) & (table["activation"] == activation)]
