@@ -7,6 +7,8 @@ width is minus one grid step, which puts it below every range that exists.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from rich.table import Table
@@ -44,7 +46,7 @@ def seed_ranges(
     columns = ["lower", "upper", "at_bottom", "at_top", "bottom", "top", "step", "empty"]
     found = [
         _range(logs[i:j], good[i:j], accuracy[i:j])
-        for i, j in zip(starts, [*starts[1:], len(points)], strict=True)
+        for i, j in itertools.pairwise([*starts, len(points)])
     ]
     ranges = points.loc[starts, keys].reset_index(drop=True)
     ranges = ranges.join(pd.DataFrame(found, columns=columns))

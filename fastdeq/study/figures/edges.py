@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..criteria import CONVENTIONS
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, where
 from ..style import SCALE_LABEL, Missing, Picture, family_legend, family_style, new_figure
 from ..style import scale_axis as set_scale_axis
 
@@ -110,7 +110,7 @@ def draw(
         set_scale_axis(axes, scales)
         axes.grid(axis="y", visible=False)
         for y, key in enumerate(keys):
-            row = shown[(shown[list(rows)] == key).all(axis=1)]
+            row = where(shown, **dict(zip(rows, key, strict=True)))
             if y % 2 == 0:
                 axes.axhspan(y - 0.5, y + 0.5, color="0.5", alpha=0.05, linewidth=0, zorder=0)
             if row.empty:

@@ -118,7 +118,7 @@ def _panel(axes: Any, before: np.ndarray | None, after: np.ndarray | None, famil
     color = family_style(family)[0]
     for values, style in (
         (before, {"color": "0.6", "s": 12}),
-        (after, {"color": color, "s": 11, "alpha": 0.75}),
+        (after, {"color": color, "s": 11}),
     ):
         if values is not None:
             axes.scatter(values.real, values.imag, linewidths=0, **style)
