@@ -95,10 +95,10 @@ def family_legend(figure: Figure, families: Iterable[str], extra: Sequence[Line2
     under_title(figure, handles)
 
 
-def scale_axis(axes: Any, scales: Iterable[float]) -> None:
-    """A logarithmic axis with some of the scales as ticks, shaded above 1.
+def scale_axis(axes: Any, scales: Iterable[float], convention: str = "spectral_radius") -> None:
+    """A logarithmic axis with some of the scales as ticks; spectral radii above 1 are shaded.
 
-    Above 1 the map no longer contracts at the start, in the limit of large width, for slopes up
+    There the map no longer contracts at the start, in the limit of large width, for slopes up
     to 1.
     """
     scales = sorted(set(scales))
@@ -110,7 +110,7 @@ def scale_axis(axes: Any, scales: Iterable[float]) -> None:
     axes.set_xticklabels([f"{s:g}" for s in ticks])
     low, high = scales[0] / 1.2, scales[-1] * 1.3
     axes.set_xlim(low, high)
-    if low < 1 < high:
+    if low < 1 < high and convention == "spectral_radius":
         axes.axvspan(1, high, color="0.5", alpha=0.08, linewidth=0, zorder=0)
 
 
@@ -142,7 +142,7 @@ def plain(value: float) -> str:
     """A label without trailing zeros; powers of ten from 10,000 on and below 0.001."""
     if value > 0 and not 1e-3 <= value < 1e4:
         return f"10$^{{{np.log10(value):.2g}}}$"
-    return f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def band(axes: Any, x: Any, rows: Any, family: str, **style: Any) -> None:

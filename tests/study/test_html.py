@@ -107,12 +107,12 @@ def test_text_is_escaped(tmp_path, coarse):
 PARTS = {
     "one run": study_tables.training({"dense": 0.0}, scales=(0.5,), seeds=[0]),
     "dense alone": study_tables.training({"dense": 0.0}),
-    "one seed": study_tables.training(seeds=[0], details=True),
+    "one seed": study_tables.training(seeds=[0], regimes=("initialised",), details=True),
     "kept alone": study_tables.training({"orthogonal": 0.0, "symmetric": 0.0}, regimes=("kept",)),
     "characters": study_tables.training(
         tasks=("characters",), activations=("gelu",), solvers=("auto",)
     ),
-    "nothing stable": study_tables.training({"dense": -9.0, "orthogonal": -9.0}, details=True),
+    "nothing stable": study_tables.training({"dense": -9.0, "orthogonal": -9.0}),
     "two gradients": study_tables.training(gradients=("implicit", "phantom"), scales=(0.5, 1, 2)),
     "nothing": study_tables.training().iloc[:0],
     "no columns": NOTHING,
@@ -136,7 +136,7 @@ def test_draws_alone_have_a_page(tmp_path, coarse):
 
 
 def test_runs_that_failed_are_shown_and_spoil_nothing(tmp_path, coarse):
-    runs = study_tables.training(details=True)
+    runs = study_tables.training(scales=(0.5, 2.0), details=True, regimes=("initialised",))
     measured = [c for c in runs if c.startswith(("test_", "train_", "forward_", "backward_"))]
     failed = runs.weight == "symmetric"
     runs.loc[failed, measured] = np.nan

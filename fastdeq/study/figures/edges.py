@@ -11,8 +11,15 @@ from matplotlib.lines import Line2D
 
 from ..criteria import CONVENTIONS
 from ..evaluation import Evaluation, where
-from ..style import SCALE_LABEL, Missing, Picture, family_legend, family_style, new_figure
-from ..style import scale_axis as set_scale_axis
+from ..style import (
+    SCALE_LABEL,
+    Missing,
+    Picture,
+    family_legend,
+    family_style,
+    new_figure,
+    scale_axis,
+)
 
 _ROW = 0.56  # inches per row
 
@@ -107,7 +114,7 @@ def draw(
     for axes, (task, activation) in zip(grid.flat, panels, strict=False):
         shown = table[(table["task"] == task) & (table["activation"] == activation)]
         axes.set_title(f"{task}, {activation}")
-        set_scale_axis(axes, scales)
+        scale_axis(axes, scales, convention)
         axes.grid(axis="y", visible=False)
         for y, key in enumerate(keys):
             row = where(shown, **dict(zip(rows, key, strict=True)))
