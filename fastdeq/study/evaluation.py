@@ -62,7 +62,7 @@ class Evaluation:
         """Medians over seeds, see :func:`fastdeq.study.stability.stable_ranges`."""
         key = (criterion, convention)
         if key not in self._tables:
-            self._tables[key] = stable_ranges(self.judged, *key, criteria=self.criteria)
+            self._tables[key] = stable_ranges(self.ranges(*key), self.criteria)
         return self._tables[key]
 
     def values(self, column: str, runs: pd.DataFrame | None = None) -> list[str]:

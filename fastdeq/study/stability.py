@@ -7,6 +7,8 @@ width is minus one grid step, which puts it below every range that exists.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from rich.table import Table
@@ -32,32 +34,33 @@ def seed_ranges(
         the grid, log2), ``step`` (of the grid, octaves), ``empty`` (no stable scale), ``width``
         (octaves).
     """
-    scale = CONVENTIONS[convention]
     keys = [*SETTING, "weight", "seed"]
-    rows = [
-        dict(zip(keys, key, strict=True)) | _range(runs, scale, criterion)
-        for key, runs in judged.groupby(keys, sort=True)
+    grid = [*keys, CONVENTIONS[convention]]
+    points = judged.groupby(grid, sort=True).agg(
+        good=(criterion, "all"), accuracy=("test_accuracy", "min")
+    )
+    points = points.reset_index()
+    starts = np.flatnonzero(~points.duplicated(keys))
+    logs = np.log2(points[CONVENTIONS[convention]].to_numpy(float))
+    good, accuracy = points["good"].to_numpy(bool), points["accuracy"].to_numpy(float)
+    columns = ["lower", "upper", "at_bottom", "at_top", "bottom", "top", "step", "empty"]
+    found = [
+        _range(logs[i:j], good[i:j], accuracy[i:j])
+        for i, j in itertools.pairwise([*starts, len(points)])
     ]
-    columns = [*keys, "lower", "upper", "at_bottom", "at_top", "bottom", "top", "step", "empty"]
-    ranges = pd.DataFrame(rows, columns=columns)
+    ranges = points.loc[starts, keys].reset_index(drop=True)
+    ranges = ranges.join(pd.DataFrame(found, columns=columns))
     ranges["width"] = ranges["upper"] - ranges["lower"]
     return ranges
 
 
-def _range(runs: pd.DataFrame, scale: str, criterion: str) -> dict[str, object]:
-    points = runs.groupby(scale).agg(good=(criterion, "all"), accuracy=("test_accuracy", "min"))
-    grid = np.log2(points.index.to_numpy(float))
-    good = points["good"].to_numpy(bool)
+def _range(grid: np.ndarray, good: np.ndarray, accuracy: np.ndarray) -> dict[str, object]:
     step = float(np.median(np.diff(grid))) if len(grid) > 1 else 1.0
     about = {"bottom": grid[0], "top": grid[-1], "step": step, "empty": not good.any()}
     if not good.any():
-        return about | {
-            "lower": grid[0],
-            "upper": grid[0] - step,
-            "at_bottom": False,
-            "at_top": False,
-        }
-    best = int(np.where(good, points["accuracy"].to_numpy(float), -np.inf).argmax())
+        nothing = {"lower": grid[0], "upper": grid[0] - step}
+        return about | nothing | {"at_bottom": False, "at_top": False}
+    best = int(np.where(good, accuracy, -np.inf).argmax())
     bad = np.flatnonzero(~good)
     first = int(bad[bad < best].max(initial=-1)) + 1
     last = int(bad[bad > best].min(initial=len(grid))) - 1
@@ -89,20 +92,18 @@ def median_interval(values: object, criteria: Criteria | None = None) -> tuple[f
     return float(np.median(sample)), float(low), float(high)
 
 
-def stable_ranges(
-    judged: pd.DataFrame,
-    criterion: str = "stable",
-    convention: str = "spectral_radius",
-    criteria: Criteria | None = None,
-) -> pd.DataFrame:
+def stable_ranges(ranges: pd.DataFrame, criteria: Criteria | None = None) -> pd.DataFrame:
     """Medians over seeds of the ranges, a row per setting and family.
+
+    Args:
+        ranges: of :func:`seed_ranges`.
+        criteria: the confidence of the intervals; None: the defaults.
 
     Returns:
         ``seeds``, ``empty`` (seeds without a stable scale), and the scales themselves: ``lower``,
         ``upper`` with ``upper_low`` and ``upper_high``; ``width`` in octaves with ``width_low`` and
         ``width_high``; ``at_bottom``, ``at_top``: the median is the end of the grid; ``step``.
     """
-    ranges = seed_ranges(judged, criterion, convention)
     rows = []
     for key, group in ranges.groupby([*SETTING, "weight"], sort=False):
         upper = median_interval(group["upper"], criteria)
@@ -167,7 +168,7 @@ def differences(ranges: pd.DataFrame, axis: str, first: str, second: str) -> pd.
 
 def summary(training: pd.DataFrame, criteria: Criteria | None = None) -> Table:
     """The stable ranges of a study as a table for a terminal, less than 80 columns wide."""
-    table = stable_ranges(judge(training, criteria), criteria=criteria)
+    table = stable_ranges(seed_ranges(judge(training, criteria)), criteria)
     shown = Table(caption="largest stable scale and width in octaves: median over seeds [95 %]")
     shown.caption_justify = "left"
     for name in ("setting", "weight"):

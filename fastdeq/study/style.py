@@ -95,29 +95,41 @@ def family_legend(figure: Figure, families: Iterable[str], extra: Sequence[Line2
     under_title(figure, handles)
 
 
-def scale_axis(axes: Any, scales: Iterable[float]) -> None:
-    """A logarithmic axis with the octaves among the scales as ticks, shaded above 1.
+def scale_axis(axes: Any, scales: Iterable[float], convention: str = "spectral_radius") -> None:
+    """A logarithmic axis with some of the scales as ticks; spectral radii above 1 are shaded.
 
-    Above 1 the map no longer contracts at the start, in the limit of large width, for slopes up
+    There the map no longer contracts at the start, in the limit of large width, for slopes up
     to 1.
     """
     scales = sorted(set(scales))
     axes.set_xscale("log", base=2)
-    octaves = [s for s in scales if abs(np.log2(s) - round(np.log2(s))) < 1e-3]
-    ticks = octaves if len(octaves) > 2 else scales
+    inches = axes.get_position().width * axes.figure.get_figwidth()
+    ticks = _ticks(scales, max(2, int(inches / 0.34)))
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{s:g}" for s in ticks])
     low, high = scales[0] / 1.2, scales[-1] * 1.3
     axes.set_xlim(low, high)
-    if low < 1 < high:
+    if low < 1 < high and convention == "spectral_radius":
         axes.axvspan(1, high, color="0.5", alpha=0.08, linewidth=0, zorder=0)
+
+
+def _ticks(scales: Sequence[float], most: int) -> list[float]:
+    """Scales that leave room for their labels, powers of two before the others."""
+    logs = {s: float(np.log2(s)) for s in scales}
+    apart = (logs[scales[-1]] - logs[scales[0]]) / most
+    kept: list[float] = []
+    for s in sorted(scales, key=lambda s: (abs(logs[s] - round(logs[s])) > 1e-3, abs(logs[s]))):
+        if all(abs(logs[s] - logs[k]) >= apart for k in kept):
+            kept.append(s)
+    return sorted(kept)
 
 
 def log_values(axes: Any) -> None:
     """A logarithmic y axis with few, plain labels; a linear one where the values are close."""
-    low, high = axes.get_ylim()
-    if not 0 < low < high or high < 2.5 * low:
+    low, high = axes.dataLim.intervaly
+    low = low if low > 0 else axes.dataLim.minposy
+    if not 0 < low < high < np.inf or high < 2.5 * low:
         return
     axes.set_yscale("log")
     decades = np.log10(high / low)
@@ -130,7 +142,7 @@ def plain(value: float) -> str:
     """A label without trailing zeros; powers of ten from 10,000 on and below 0.001."""
     if value > 0 and not 1e-3 <= value < 1e4:
         return f"10$^{{{np.log10(value):.2g}}}$"
-    return f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def band(axes: Any, x: Any, rows: Any, family: str, **style: Any) -> None:

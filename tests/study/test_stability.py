@@ -23,7 +23,7 @@ from fastdeq.study.stability import (
 
 
 def table(runs, **options):
-    ranges = stable_ranges(judge(runs), **options)
+    ranges = stable_ranges(seed_ranges(judge(runs), **options))
     return ranges.set_index(["regime", "weight"])
 
 
@@ -241,7 +241,7 @@ def test_summary_of_nothing():
 def test_criteria_are_parameters():
     strict = Criteria(margin=0.001)
     runs = study_tables.training({"dense": 9.0})
-    row = stable_ranges(judge(runs, strict), criteria=strict).iloc[0]
+    row = stable_ranges(seed_ranges(judge(runs, strict)), strict).iloc[0]
     # 0.002 of accuracy per octave away from 0.5: half an octave is as far as it goes.
     assert (row.lower, row.upper) == pytest.approx((2**-1.5, 2**-0.5))
     assert "0.1 percentage points" in strict.describe()[0]

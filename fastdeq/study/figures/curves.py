@@ -59,7 +59,7 @@ def _picture(
             axes.set_title(f"{activation}, {regime}")
             part = where(runs, activation=activation, regime=regime)
             _panel(axes, part, metric, convention, evaluation)
-            scale_axis(axes, runs[CONVENTIONS[convention]])
+            scale_axis(axes, runs[CONVENTIONS[convention]], convention)
         grid[i, 0].set_ylabel(words + (" (nats)" if metric == "test_loss" else ""))
     if metric == "test_accuracy":
         grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -10,9 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..criteria import CONVENTIONS
-from ..evaluation import Evaluation
-from ..style import SCALE_LABEL, Missing, Picture, family_legend, family_style, new_figure
-from ..style import scale_axis as set_scale_axis
+from ..evaluation import Evaluation, where
+from ..style import (
+    SCALE_LABEL,
+    Missing,
+    Picture,
+    family_legend,
+    family_style,
+    new_figure,
+    scale_axis,
+)
 
 _ROW = 0.56  # inches per row
 
@@ -49,7 +56,9 @@ def by_variance(evaluation: Evaluation) -> Iterator[Picture | Missing]:
         "The same ranges with weights of equal entry variance side by side. At equal variance, "
         "symmetric weights have twice the spectral radius of the others. The grids of the "
         "families may begin and end at different entry scales.",
-        draw(evaluation, table, ("solver", "regime"), "variance"),
+        draw(
+            evaluation, table, ("solver", "regime"), "variance", "Stable ranges at equal variance"
+        ),
     )
 
 
@@ -70,12 +79,22 @@ def by_gradient(evaluation: Evaluation) -> Iterator[Picture | Missing]:
         "ranges_gradient",
         "Ranges with implicit and phantom gradients, for settings that were run with both. A "
         "phantom gradient needs no backward solve that could fail.",
-        draw(evaluation, table[complete], ("solver", "regime", "gradient"), "spectral_radius"),
+        draw(
+            evaluation,
+            table[complete],
+            ("solver", "regime", "gradient"),
+            "spectral_radius",
+            "Stable ranges by gradient",
+        ),
     )
 
 
 def draw(
-    evaluation: Evaluation, table: pd.DataFrame, rows: tuple[str, ...], convention: str
+    evaluation: Evaluation,
+    table: pd.DataFrame,
+    rows: tuple[str, ...],
+    convention: str,
+    title: str = "Where training is stable",
 ) -> Figure:
     """A panel per task and activation; a row per value of ``rows``, a bar per family."""
     panels = [
@@ -90,15 +109,15 @@ def draw(
     scales = evaluation.judged[CONVENTIONS[convention]]
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
-    figure = new_figure("Where training is stable", 1.3 + lines * (0.7 + _ROW * len(keys)))
+    figure = new_figure(title, 1.3 + lines * (0.7 + _ROW * len(keys)))
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, (task, activation) in zip(grid.flat, panels, strict=False):
         shown = table[(table["task"] == task) & (table["activation"] == activation)]
         axes.set_title(f"{task}, {activation}")
-        set_scale_axis(axes, scales)
+        scale_axis(axes, scales, convention)
         axes.grid(axis="y", visible=False)
         for y, key in enumerate(keys):
-            row = shown[(shown[list(rows)] == key).all(axis=1)]
+            row = where(shown, **dict(zip(rows, key, strict=True)))
             if y % 2 == 0:
                 axes.axhspan(y - 0.5, y + 0.5, color="0.5", alpha=0.05, linewidth=0, zorder=0)
             if row.empty:

@@ -71,7 +71,9 @@ def _distributions(initial: pd.DataFrame, activations: list[str], families: list
         axes.grid(axis="x", visible=False)
         axes.set_title(activation)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda log, _: plain(10.0**log)))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda log, _: plain(float(f"{10.0**log:.1e}")))
+        )
     for axes in grid[:, 0]:
         axes.set_ylabel("|z*|² / |c|²")
     figure.supxlabel("weight scale (spectral radius of W)", fontsize="medium")

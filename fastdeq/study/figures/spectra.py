@@ -118,12 +118,17 @@ def _panel(axes: Any, before: np.ndarray | None, after: np.ndarray | None, famil
     color = family_style(family)[0]
     for values, style in (
         (before, {"color": "0.6", "s": 12}),
-        (after, {"color": color, "s": 11, "alpha": 0.75}),
+        (after, {"color": color, "s": 11}),
     ):
         if values is not None:
             axes.scatter(values.real, values.imag, linewidths=0, **style)
 
 
+def _radius(values: np.ndarray) -> str:
+    radius = float(np.abs(values).max())
+    return f"{radius:.2f}" if radius < 1000 else f"{radius:.0e}"
+
+
 def _radii(before: np.ndarray | None, after: np.ndarray | None) -> str:
-    start, end = ("?" if v is None else f"{np.abs(v).max():.3g}" for v in (before, after))
+    start, end = ("?" if v is None else _radius(v) for v in (before, after))
     return f"radius {start} → {end}"

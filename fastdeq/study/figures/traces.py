@@ -11,7 +11,6 @@ from ..evaluation import REGIME_WORDS, SOLVER_WORDS, Evaluation, where
 from ..stability import number
 from ..style import Missing, Picture, band, band_words, family_legend, new_figure
 
-_FLOOR = 1e-8  # a residual of exactly 0 has no place on a logarithmic axis
 _ROWS = {
     "trace_loss": ("training loss (nats)", "linear"),
     "trace_forward_iterations": ("forward iterations", "linear"),
@@ -55,6 +54,9 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, shown: dict[str, str]) 
     figure = new_figure(f"Along training, {shown['task']}", 0.9 + 1.95 * len(rows))
     grid = figure.subplots(len(rows), len(scales), sharex=True, sharey="row", squeeze=False)
     families = evaluation.values("weight", runs)
+    tolerance = float(runs["tol"].max()) if "tol" in runs else np.nan
+    # Saturated states have residuals down to 0: how far below the tolerance says nothing.
+    floor = tolerance / 10 if np.isfinite(tolerance) else 1e-8
     for i, (name, (label, kind)) in enumerate(rows.items()):
         for j, scale in enumerate(scales):
             axes = grid[i, j]
@@ -62,16 +64,15 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, shown: dict[str, str]) 
             for family in families:
                 x, values = aligned(at[at["weight"] == family], name)
                 if len(values):
-                    values = np.maximum(values, _FLOOR) if kind == "log" else values
+                    values = np.maximum(values, floor) if kind == "log" else values
                     band(axes, x, values, family, marker="", linewidth=1.6)
             if i == 0:
                 axes.set_title(f"scale {number(scale)}")
         grid[i, 0].set_ylabel(label)
         grid[i, 0].set_yscale(kind)
-    tolerance = runs["tol"].dropna() if "tol" in runs else pd.Series(dtype=float)
-    if "trace_forward_residual" in rows and len(tolerance):
+    if "trace_forward_residual" in rows and np.isfinite(tolerance):
         for axes in grid[list(rows).index("trace_forward_residual")]:
-            axes.axhline(tolerance.iloc[0], color="0.4", linestyle=":", linewidth=1.2)
+            axes.axhline(tolerance, color="0.4", linestyle=":", linewidth=1.2)
     figure.supxlabel("training step", fontsize="medium")
     family_legend(figure, families)
     solver = SOLVER_WORDS.get(shown["solver"], shown["solver"])
@@ -79,8 +80,8 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, shown: dict[str, str]) 
         f"traces_{shown['task']}",
         f"Loss, iterations per solve and relative residual along training ({shown['activation']}, "
         f"{solver}, {shown['gradient']} gradient, "
-        f"{REGIME_WORDS.get(shown['regime'], shown['regime'])}). Dotted: the tolerance; residuals "
-        "below 1e-8 are drawn there. "
+        f"{REGIME_WORDS.get(shown['regime'], shown['regime'])}). Dotted: the tolerance; smaller "
+        "residuals than a tenth of it are drawn there. "
         f"{band_words(runs['seed'].nunique())}.",
         figure,
     )
