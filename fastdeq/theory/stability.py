@@ -51,8 +51,8 @@ def edge_of_stability(
 
     Returns:
         The scale, to 1e-5 of itself or better; infinity where the radius stays below 1 up to a
-        scale of 1000. Dense and orthogonal weights have the same edge, ``s^2 E phi'^2 = 1`` unless an outlier
-        comes first; for relu it is ``sqrt(2)``. The edge of symmetric ones is where
+        scale of 1000. Dense and orthogonal weights have the same edge, ``s^2 E phi'^2 = 1`` unless
+        an outlier comes first; for relu it is ``sqrt(2)``. The edge of symmetric ones is where
         ``e^2 E[(phi' / (1 - a phi'))^2] = 1`` (de Almeida and Thouless, J. Phys. A 11 (1978) 983).
         A scale at which the length of the state has no finite value counts as beyond the edge.
 
