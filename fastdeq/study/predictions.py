@@ -31,7 +31,30 @@ def linear(quantity: str, weight: str, scale: float, injection: float) -> float 
     return _MOMENTS[quantity](weight, scale)
 
 
-PREDICTORS: dict[str, Predictor] = {"identity": linear}
+def mean_field(activation: str) -> Predictor:
+    """A nonlinear cell by mean field, up to the edge of stability."""
+
+    def predictor(quantity: str, weight: str, scale: float, injection: float) -> float | None:
+        try:
+            found = theory.equilibrium(weight, activation, scale, injection)
+        except ValueError:  # no finite length
+            return None
+        values = {
+            "length": found.length / injection,
+            "adjoint": found.adjoint_variance,
+            "moment_1": found.adjoint_variance,
+            "mean_square_slope": found.mean_square_slope,
+            "radius": found.jacobian_radius,
+        }
+        return values.get(quantity) if found.stable else None
+
+    return predictor
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "identity": linear,
+    **{name: mean_field(name) for name in ("tanh", "relu", "hardtanh")},
+}
 
 
 def predict(

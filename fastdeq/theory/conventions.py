@@ -1,0 +1,85 @@
+"""The two ways to state the scale of a weight: its spectral radius, or the size of its entries.
+
+A family's spectral radius s and entry scale e (entries of variance ``e^2 / d``), in the limit of
+large d:
+
+    dense       s = e     circular law (Ginibre 1965; Girko 1985)
+    orthogonal  s = e     W = s Q, and the squares of the entries of Q sum to d
+    symmetric   s = 2 e   semicircle law (Wigner 1958)
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import check_choice
+
+CONVENTIONS = ("spectral_radius", "variance")
+#: Spectral radius over entry scale.
+RATIO = {"dense": 1.0, "orthogonal": 1.0, "symmetric": 2.0}
+
+
+def spectral_radius(weight: str, entry_scale: float) -> float:
+    """The spectral radius of W whose entries have variance ``entry_scale^2 / d``.
+
+    Args:
+        weight: "dense", "orthogonal" or "symmetric".
+        entry_scale: finite and not negative.
+
+    Raises:
+        ValueError: unknown family; an entry scale that is negative or not finite.
+    """
+    return RATIO[check_weight(weight)] * check_size(entry_scale, "entry_scale")
+
+
+def entry_scale(weight: str, spectral_radius: float) -> float:
+    """The scale e such that W of this spectral radius has entries of variance ``e^2 / d``.
+
+    Args:
+        weight: "dense", "orthogonal" or "symmetric".
+        spectral_radius: finite and not negative.
+
+    Raises:
+        ValueError: unknown family; a spectral radius that is negative or not finite.
+    """
+    return check_size(spectral_radius, "spectral_radius") / RATIO[check_weight(weight)]
+
+
+def in_convention(weight: str, radius: float, convention: str) -> float:
+    """A spectral radius as the number that states it in ``convention``; infinity stays."""
+    return radius / RATIO[weight] if convention == "variance" else radius
+
+
+def check_convention(convention: str) -> None:
+    check_choice(convention, CONVENTIONS, "convention")
+
+
+def check_weight(weight: str) -> str:
+    check_choice(weight, RATIO, "weight")
+    return weight
+
+
+def check_size(value: float, name: str) -> float:
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, e.g. {name}=0.9; got {value!r}.")
+    return number
+
+
+def check_linear(weight: str, scale: float) -> float:
+    """``scale^2``, of a scale at which a linear DEQ has a limit."""
+    check_weight(weight)
+    square = float(scale) ** 2
+    # Written so that NaN fails. A scale a rounding error below 1 may square to 1.
+    if not square < 1:
+        raise ValueError(
+            f"scale={scale!r}: the linear DEQ has a finite limit only for |scale| < 1, where the "
+            "spectral radius of W stays below 1."
+        )
+    return square
+
+
+def check_features(features: int) -> int:
+    if not isinstance(features, int) or isinstance(features, bool) or features < 1:
+        raise ValueError(f"features must be a positive integer, e.g. 256; got {features!r}.")
+    return features
