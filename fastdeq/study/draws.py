@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from .findings import Finding
+from .criteria import ACTIVATIONS, arranged, ordered
+from .findings import Finding, listed
 from .predictions import predict
 
 QUANTITIES = {
@@ -18,7 +19,6 @@ QUANTITIES = {
     "radius": "spectral radius of J",
     "resolvent": "|(I − J)⁻¹|₂",  # noqa: RUF001
 }
-ACTIVATIONS = ("identity", "tanh", "relu", "hardtanh")
 
 
 def values(row: object, quantity: str) -> np.ndarray:
@@ -64,7 +64,8 @@ def statistics(initial: pd.DataFrame, quantity: str) -> pd.DataFrame:
         )
     columns = ["activation", "weight", "scale", "draws", "mean", "low", "high", "variation"]
     columns += ["variation_low", "variation_high", "predicted"]
-    return pd.DataFrame(rows, columns=columns).sort_values("scale", ignore_index=True)
+    table = pd.DataFrame(rows, columns=columns).sort_values("scale")
+    return arranged(table, ["activation", "weight"])
 
 
 def _variation(sample: np.ndarray, resamples: int = 500) -> tuple[float, float, float]:
@@ -91,8 +92,8 @@ def spread(initial: pd.DataFrame) -> Iterator[Finding]:
             for r in rows.itertuples()
         ]
         yield Finding(
-            f"{activation.capitalize()}, scale {scale:.3g}: the coefficient of variation of "
-            f"|z*|² / |c|² over draws of W is {', '.join(parts)}."
+            f"{activation.capitalize()}, scale {scale:.3g}, coefficient of variation of "
+            f"|z*|² / |c|² over draws of W: {listed(parts)}."
         )
 
 
@@ -132,5 +133,4 @@ def unsolved(initial: pd.DataFrame) -> Iterator[Finding]:
 
 
 def _activations(table: pd.DataFrame) -> list[str]:
-    present = set(table["activation"])
-    return [a for a in ACTIVATIONS if a in present] + sorted(present - set(ACTIVATIONS))
+    return ordered(table["activation"], ACTIVATIONS)

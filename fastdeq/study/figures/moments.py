@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..criteria import FAMILIES, ordered
-from ..draws import ACTIVATIONS, QUANTITIES, statistics, values
+from ..criteria import ACTIVATIONS, FAMILIES, ordered
+from ..draws import QUANTITIES, statistics, values
 from ..predictions import predict
 from ..stability import number
 from ..style import (
@@ -180,7 +180,7 @@ def _means(initial: pd.DataFrame, activation: str, families: list[str]) -> Pictu
 
 def _curve(axes: Any, quantity: str, family: str, activation: str, initial: pd.DataFrame) -> bool:
     """The prediction between the smallest and the largest scale; whether there is one."""
-    scales = np.geomspace(initial["scale"].min(), initial["scale"].max(), 60)
+    scales = np.geomspace(initial["scale"].min(), initial["scale"].max(), 40)
     injection = float(initial["injection_variance"].iloc[0])
     curve = [predict(quantity, family, float(s), activation, injection) for s in scales]
     known = [(s, v) for s, v in zip(scales, curve, strict=True) if v is not None]
