@@ -11,6 +11,7 @@ from .criteria import ACTIVATIONS, arranged, ordered
 from .findings import Finding, listed
 from .predictions import predict
 
+FEWEST = 5  # draws for a spread
 QUANTITIES = {
     "length": "|z*|² / |c|²",
     "moment_1": "first moment, m₁",
@@ -71,7 +72,7 @@ def statistics(initial: pd.DataFrame, quantity: str) -> pd.DataFrame:
 def _variation(sample: np.ndarray, resamples: int = 500) -> tuple[float, float, float]:
     """Coefficient of variation and its 95 % percentile bootstrap interval."""
     mean = sample.mean()
-    if len(sample) < 2 or mean == 0:
+    if len(sample) < FEWEST or mean == 0:
         return np.nan, np.nan, np.nan
     drawn = sample[np.random.default_rng(0).integers(len(sample), size=(resamples, len(sample)))]
     ratios = drawn.std(axis=1, ddof=1) / drawn.mean(axis=1)
@@ -81,7 +82,7 @@ def _variation(sample: np.ndarray, resamples: int = 500) -> tuple[float, float, 
 
 def spread(initial: pd.DataFrame) -> Iterator[Finding]:
     """How much the length of the equilibrium varies from one draw of the weights to the next."""
-    table = statistics(initial, "length")
+    table = statistics(initial, "length").dropna(subset=["variation"])
     for activation in _activations(table):
         here = table[table["activation"] == activation]
         counts = here.groupby("scale")["weight"].nunique()
