@@ -23,10 +23,9 @@ from rich.progress import (
 )
 
 from .data import mnist
-from .html import write_report
 from .jobs import Job, jobs_of, run_all
 from .plan import Study, quick
-from .stability import summary
+from .report import summary, write_report
 from .store import Store, machine
 
 _LINES = 20  # of progress, where the output is no terminal

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,9 +14,9 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
 
 from fastdeq.study import predictions
-from fastdeq.study.evaluation import Evaluation
-from fastdeq.study.figures import curves, edges, maps, moments, spectra, traces
-from fastdeq.study.style import FAMILY_STYLE, Missing, Picture, _ticks
+from fastdeq.study.report.evaluation import Evaluation
+from fastdeq.study.report.figures import curves, edges, maps, moments, spectra, traces
+from fastdeq.study.report.style import FAMILY_STYLE, Missing, Picture, _ticks
 
 NOTHING = pd.DataFrame()
 
@@ -151,6 +153,31 @@ def test_predictions_of_the_linear_model():
         ("length", 0.5, "gelu"),
     ):
         assert predictions.predict(quantity, "dense", scale, activation, 1.0) is None
+
+
+@dataclass
+class FakeEquilibrium:
+    length: float
+    stable: bool
+    mean_square_slope: float = 0.8
+    adjoint_variance: float = 3.0
+    jacobian_radius: float = 0.7
+
+
+def test_mean_field_gives_lengths_relative_to_the_injection_and_nothing_where_unstable():
+    def equilibrium(weight, activation, scale, injection):
+        assert activation == "relu"
+        if scale > 5:
+            raise ValueError("no finite length")
+        return FakeEquilibrium(length=6.0, stable=scale < 1)
+
+    predict = predictions.mean_field("relu", equilibrium)
+    assert predict("length", "dense", 0.5, 2.0) == 3
+    assert predict("moment_1", "dense", 0.5, 2.0) == predict("adjoint", "dense", 0.5, 2.0) == 3
+    assert predict("radius", "dense", 0.5, 2.0) == 0.7
+    assert predict("moment_2", "dense", 0.5, 2.0) is None
+    assert predict("length", "dense", 2.0, 2.0) is None
+    assert predict("length", "dense", 9.0, 2.0) is None
 
 
 def test_another_theory_can_be_plugged_in(monkeypatch):

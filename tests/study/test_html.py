@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from fastdeq.study import html
-from fastdeq.study.html import write_report
+from fastdeq.study.report.html import write_report
 
 NOTHING = pd.DataFrame()
 

@@ -12,8 +12,8 @@ from rich.console import Console
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-from fastdeq.study.criteria import Criteria, judge
-from fastdeq.study.stability import (
+from fastdeq.study.report.criteria import Criteria, judge
+from fastdeq.study.report.stability import (
     differences,
     median_interval,
     seed_ranges,

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from .criteria import CONVENTIONS, FAMILIES, REGIMES, SETTING, SOLVERS, Criteria, judge
+from .criteria import CONVENTIONS, SETTING, Criteria, arranged, judge
 
 _RESAMPLES = 2000
 
@@ -24,7 +24,7 @@ def seed_ranges(
     """The range of each setting, family and seed.
 
     Args:
-        judged: the runs as :func:`fastdeq.study.criteria.judge` returns them.
+        judged: the runs as :func:`fastdeq.study.report.criteria.judge` returns them.
         criterion: the column that must be true: "stable" or "learns".
         convention: how scales are measured, "spectral_radius" or "variance" (of an entry).
 
@@ -122,11 +122,7 @@ def stable_ranges(ranges: pd.DataFrame, criteria: Criteria | None = None) -> pd.
     columns = [*SETTING, "weight", "seeds", "empty", "none", "lower", "upper", "upper_low"]
     columns += ["upper_high", "width", "width_low", "width_high", "at_bottom", "at_top", "top"]
     table = pd.DataFrame(rows, columns=[*columns, "step"])
-    order = {name: i for i, name in enumerate((*FAMILIES, *REGIMES, *SOLVERS))}
-    table = table.sort_values(
-        [*SETTING, "weight"], key=lambda c: c.map(lambda v: (order.get(v, 99), v)), kind="stable"
-    )
-    return table.reset_index(drop=True)
+    return arranged(table, [*SETTING, "weight"])
 
 
 def differences(ranges: pd.DataFrame, axis: str, first: str, second: str) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import matplotlib
 import pandas as pd
 
 from . import sections
-from .criteria import SETTING, Criteria
+from .criteria import SETTING, Criteria, arranged
 from .evaluation import Evaluation
 from .findings import Finding, Grid
 from .stability import number, octaves, scales
@@ -84,7 +84,7 @@ def write_report(
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("fastdeq.study", "templates"),
+        loader=jinja2.PackageLoader("fastdeq.study.report", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -156,8 +156,10 @@ def _cells(evaluation: Evaluation) -> dict[str, Any]:
     """Median accuracy and share of stable seeds of every cell, scales as columns."""
     runs = evaluation.judged
     columns = sorted(runs["scale"].unique()) if len(runs) else []
+    keys = [*SETTING, "weight"]
+    order = [*arranged(runs[keys].drop_duplicates(), keys).itertuples(index=False, name=None)]
     rows = []
-    for key, group in runs.groupby([*SETTING, "weight"], sort=True):
+    for key, group in runs.groupby(keys, sort=False):
         at = group.groupby("scale").agg(
             accuracy=("test_accuracy", "median"), stable=("stable", "mean")
         )
@@ -168,6 +170,7 @@ def _cells(evaluation: Evaluation) -> dict[str, Any]:
             for s in columns
         ]
         rows.append({"key": key, "cells": shown})
+    rows.sort(key=lambda row: order.index(row["key"]))
     return {"scales": [number(s) for s in columns], "rows": rows}
 
 

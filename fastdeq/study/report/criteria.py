@@ -11,7 +11,18 @@ import pandas as pd
 FAMILIES = ("dense", "orthogonal", "symmetric")
 REGIMES = ("initialised", "kept")
 SOLVERS = ("picard", "anderson", "auto")
+ACTIVATIONS = ("identity", "tanh", "relu", "hardtanh", "gelu")
 CONVENTIONS = {"spectral_radius": "scale", "variance": "entry_scale"}
+
+# The order in which values of a column are shown; others follow.
+ORDER = {
+    "task": ("digits", "mnist", "characters"),
+    "activation": ACTIVATIONS,
+    "solver": SOLVERS,
+    "gradient": ("implicit", "phantom"),
+    "regime": REGIMES,
+    "weight": FAMILIES,
+}
 
 # Runs that differ in these, the scale and the seed alone are compared with each other.
 SETTING = ["task", "activation", "solver", "gradient", "regime"]
@@ -117,6 +128,14 @@ def _dense_in_both(runs: pd.DataFrame) -> pd.DataFrame:
     dense = runs[(runs["weight"] == "dense") & (runs["regime"] != "kept")]
     again = dense.merge(kept, on=_REFERENCE).assign(regime="kept")
     return pd.concat([runs, again], ignore_index=True) if len(again) else runs
+
+
+def arranged(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """The rows in the order in which the report shows them."""
+    places = {name: i for values in ORDER.values() for i, name in enumerate(values)}
+    return table.sort_values(
+        columns, key=lambda c: c.map(lambda v: (places.get(v, 99), str(v))), kind="stable"
+    ).reset_index(drop=True)
 
 
 def ordered(values: Any, order: tuple[str, ...] = ()) -> list[Any]:

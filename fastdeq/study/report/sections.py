@@ -61,8 +61,9 @@ def build(evaluation: Evaluation) -> Iterator[Part]:
     yield (
         "Statistics of the initial weights",
         "initial",
-        "Before training: how much the equilibrium depends on the draw of W. Families of equal "
-        "scale agree in the second moments of their entries and differ in higher ones.",
+        "Before training: how much the equilibrium depends on the draw of W. Dense and orthogonal "
+        "weights of equal scale agree in the variance of their entries and differ in higher "
+        "moments; symmetric ones of equal spectral radius have a quarter of that variance.",
         _initial(evaluation),
     )
 
@@ -148,12 +149,13 @@ def limitations(evaluation: Evaluation) -> list[str]:
     seeds, needed = runs["seed"].nunique(), evaluation.criteria.seeds
     features = sorted(runs["features"].dropna().unique()) if "features" in runs else []
     optimizers = sorted(runs["optimizer"].dropna().unique()) if "optimizer" in runs else []
+    step = findings.octaves_of(float(table["step"].median()))
     limits = [
-        f"Edges are known to one step of the grid of scales, {table['step'].median():.2g} octaves. "
-        "A difference below that does not show.",
+        f"Edges are known to one step of the grid of scales, {step}. A smaller difference does not "
+        "show.",
         "Ranges that reach the smallest or the largest scale are cut off by the grid: their true "
-        "width is larger. Nearly all ranges begin at the smallest scale, so that widths compare "
-        "upper edges.",
+        f"width is larger. Of {len(table)} median ranges, {int(table['at_bottom'].sum())} begin at "
+        f"the smallest scale and {int(table['at_top'].sum())} end at the largest.",
         "Each comparison has its own interval; none is corrected for the number of comparisons, "
         f"and with {needed} seeds an interval excludes 0 only if all seeds agree.",
         "Models are small and training is short"

@@ -98,8 +98,7 @@ def family_legend(figure: Figure, families: Iterable[str], extra: Sequence[Line2
 def scale_axis(axes: Any, scales: Iterable[float], convention: str = "spectral_radius") -> None:
     """A logarithmic axis with some of the scales as ticks; spectral radii above 1 are shaded.
 
-    There the map no longer contracts at the start, in the limit of large width, for slopes up
-    to 1.
+    There plain iteration diverges where all slopes are 1.
     """
     scales = sorted(set(scales))
     axes.set_xscale("log", base=2)

@@ -6,20 +6,8 @@ from functools import cached_property
 
 import pandas as pd
 
-from .criteria import FAMILIES, REGIMES, SETTING, SOLVERS, Criteria, judge, ordered
+from .criteria import ORDER, SETTING, Criteria, judge, ordered
 from .stability import seed_ranges, stable_ranges
-
-_ACTIVATIONS = ("identity", "tanh", "relu", "hardtanh", "gelu")
-_TASKS = ("digits", "mnist", "characters")
-_GRADIENTS = ("implicit", "phantom")
-_ORDER = {
-    "task": _TASKS,
-    "activation": _ACTIVATIONS,
-    "solver": SOLVERS,
-    "gradient": _GRADIENTS,
-    "regime": REGIMES,
-    "weight": FAMILIES,
-}
 
 SOLVER_WORDS = {
     "picard": "plain iteration",
@@ -52,14 +40,14 @@ class Evaluation:
     def ranges(
         self, criterion: str = "stable", convention: str = "spectral_radius"
     ) -> pd.DataFrame:
-        """The range of each seed, see :func:`fastdeq.study.stability.seed_ranges`."""
+        """The range of each seed, see :func:`fastdeq.study.report.stability.seed_ranges`."""
         key = (criterion, convention)
         if key not in self._ranges:
             self._ranges[key] = seed_ranges(self.judged, *key)
         return self._ranges[key]
 
     def table(self, criterion: str = "stable", convention: str = "spectral_radius") -> pd.DataFrame:
-        """Medians over seeds, see :func:`fastdeq.study.stability.stable_ranges`."""
+        """Medians over seeds, see :func:`fastdeq.study.report.stability.stable_ranges`."""
         key = (criterion, convention)
         if key not in self._tables:
             self._tables[key] = stable_ranges(self.ranges(*key), self.criteria)
@@ -67,7 +55,7 @@ class Evaluation:
 
     def values(self, column: str, runs: pd.DataFrame | None = None) -> list[str]:
         """What a column of the setting takes, in the order in which it is shown."""
-        return ordered((self.judged if runs is None else runs)[column], _ORDER[column])
+        return ordered((self.judged if runs is None else runs)[column], ORDER[column])
 
     @cached_property
     def main(self) -> dict[str, str]:

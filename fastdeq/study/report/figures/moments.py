@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..criteria import FAMILIES, ordered
-from ..draws import ACTIVATIONS, QUANTITIES, statistics, values
+from ..criteria import ACTIVATIONS, FAMILIES, ordered
+from ..draws import FEWEST, QUANTITIES, statistics, values
 from ..predictions import predict
 from ..stability import number
 from ..style import (
@@ -59,7 +59,7 @@ def _distributions(initial: pd.DataFrame, activations: list[str], families: list
     figure, grid, panels = _panels("|z*|² / |c|² over draws of W", len(activations), 2.7)
     for axes, activation in zip(panels, activations, strict=True):
         rows = initial[initial["activation"] == activation]
-        rows = rows[[len(values(r, "length")) > 1 for r in rows.itertuples()]]
+        rows = rows[[len(values(r, "length")) >= FEWEST for r in rows.itertuples()]]
         scales = _spread_out(sorted(rows["scale"].unique()))
         for row in rows.itertuples():
             if row.scale not in scales:
@@ -159,7 +159,7 @@ def _means(initial: pd.DataFrame, activation: str, families: list[str]) -> Pictu
                 rows["scale"], rows["mean"], bars, color=color, marker=marker, linestyle="",
                 elinewidth=1, alpha=0.9,
             )  # fmt: skip
-            drawn |= _curve(axes, quantity, family, activation, initial)
+            drawn |= _curve(axes, quantity, family, activation, initial, 3 * table["high"].max())
         axes.set_title(QUANTITIES[quantity])
         scale_axis(axes, table["scale"])
         log_values(axes)
@@ -178,12 +178,14 @@ def _means(initial: pd.DataFrame, activation: str, families: list[str]) -> Pictu
     )
 
 
-def _curve(axes: Any, quantity: str, family: str, activation: str, initial: pd.DataFrame) -> bool:
-    """The prediction between the smallest and the largest scale; whether there is one."""
-    scales = np.geomspace(initial["scale"].min(), initial["scale"].max(), 60)
+def _curve(
+    axes: Any, quantity: str, family: str, activation: str, initial: pd.DataFrame, most: float
+) -> bool:
+    """The prediction over the scales, up to ``most`` where it diverges; whether there is one."""
+    scales = np.geomspace(initial["scale"].min(), initial["scale"].max(), 40)
     injection = float(initial["injection_variance"].iloc[0])
     curve = [predict(quantity, family, float(s), activation, injection) for s in scales]
-    known = [(s, v) for s, v in zip(scales, curve, strict=True) if v is not None]
+    known = [(s, v) for s, v in zip(scales, curve, strict=True) if v is not None and v <= most]
     if not known:
         return False
     axes.plot(*zip(*known, strict=True), color=family_style(family)[0], linewidth=1.2, alpha=0.8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .criteria import SETTING
+from .criteria import SETTING, arranged
 from .evaluation import REGIME_WORDS, SOLVER_WORDS, Evaluation, where
 from .stability import differences, median_interval, scales
 
@@ -86,7 +86,7 @@ def compare(
             | {"verdict": outcome, "words": words}
         )
     columns = [*keys, "pairs", "width", "low", "high", "verdict", "words"]
-    return pd.DataFrame(rows, columns=columns)
+    return arranged(pd.DataFrame(rows, columns=columns), keys)
 
 
 def families(

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from rich.table import Table
 
+from ..training import Result
 from .style import FAMILY_STYLE
-from .training import Result
 
 _MOSTLY = 0.9  # share of the solves of a point that must converge for a filled marker
 

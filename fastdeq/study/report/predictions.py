@@ -6,9 +6,10 @@ that returns the limit for large d, or None where the theory has none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from .. import theory
+from ... import theory
 
 Predictor = Callable[[str, str, float, float], float | None]
 
@@ -31,24 +32,29 @@ def linear(quantity: str, weight: str, scale: float, injection: float) -> float 
     return _MOMENTS[quantity](weight, scale)
 
 
-def mean_field(activation: str) -> Predictor:
-    """A nonlinear cell by mean field, up to the edge of stability."""
+_equilibrium = functools.lru_cache(maxsize=None)(theory.equilibrium)
 
-    def predictor(quantity: str, weight: str, scale: float, injection: float) -> float | None:
+
+def mean_field(activation: str) -> Predictor:
+    """Mean field of a nonlinear DEQ, where its equilibrium is stable."""
+
+    def predict(quantity: str, weight: str, scale: float, injection: float) -> float | None:
         try:
-            found = theory.equilibrium(weight, activation, scale, injection)
+            found = _equilibrium(weight, activation, scale, injection)
         except ValueError:  # no finite length
             return None
-        values = {
+        if not found.stable:
+            return None
+        # The first moment, (1/d) tr[((I - J)(I - J)^T)^-1], is the mean of |u|^2 / |g|^2 over g.
+        return {
             "length": found.length / injection,
             "adjoint": found.adjoint_variance,
             "moment_1": found.adjoint_variance,
             "mean_square_slope": found.mean_square_slope,
             "radius": found.jacobian_radius,
-        }
-        return values.get(quantity) if found.stable else None
+        }.get(quantity)
 
-    return predictor
+    return predict
 
 
 PREDICTORS: dict[str, Predictor] = {

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from .findings import Finding
+from .criteria import ACTIVATIONS, arranged, ordered
+from .findings import Finding, listed
 from .predictions import predict
 
+FEWEST = 5  # draws for a spread
 QUANTITIES = {
     "length": "|z*|² / |c|²",
     "moment_1": "first moment, m₁",
@@ -18,7 +20,6 @@ QUANTITIES = {
     "radius": "spectral radius of J",
     "resolvent": "|(I − J)⁻¹|₂",  # noqa: RUF001
 }
-ACTIVATIONS = ("identity", "tanh", "relu", "hardtanh")
 
 
 def values(row: object, quantity: str) -> np.ndarray:
@@ -64,13 +65,14 @@ def statistics(initial: pd.DataFrame, quantity: str) -> pd.DataFrame:
         )
     columns = ["activation", "weight", "scale", "draws", "mean", "low", "high", "variation"]
     columns += ["variation_low", "variation_high", "predicted"]
-    return pd.DataFrame(rows, columns=columns).sort_values("scale", ignore_index=True)
+    table = pd.DataFrame(rows, columns=columns).sort_values("scale")
+    return arranged(table, ["activation", "weight"])
 
 
 def _variation(sample: np.ndarray, resamples: int = 500) -> tuple[float, float, float]:
     """Coefficient of variation and its 95 % percentile bootstrap interval."""
     mean = sample.mean()
-    if len(sample) < 2 or mean == 0:
+    if len(sample) < FEWEST or mean == 0:
         return np.nan, np.nan, np.nan
     drawn = sample[np.random.default_rng(0).integers(len(sample), size=(resamples, len(sample)))]
     ratios = drawn.std(axis=1, ddof=1) / drawn.mean(axis=1)
@@ -80,7 +82,7 @@ def _variation(sample: np.ndarray, resamples: int = 500) -> tuple[float, float, 
 
 def spread(initial: pd.DataFrame) -> Iterator[Finding]:
     """How much the length of the equilibrium varies from one draw of the weights to the next."""
-    table = statistics(initial, "length")
+    table = statistics(initial, "length").dropna(subset=["variation"])
     for activation in _activations(table):
         here = table[table["activation"] == activation]
         counts = here.groupby("scale")["weight"].nunique()
@@ -91,8 +93,8 @@ def spread(initial: pd.DataFrame) -> Iterator[Finding]:
             for r in rows.itertuples()
         ]
         yield Finding(
-            f"{activation.capitalize()}, scale {scale:.3g}: the coefficient of variation of "
-            f"|z*|² / |c|² over draws of W is {', '.join(parts)}."
+            f"{activation.capitalize()}, scale {scale:.3g}, coefficient of variation of "
+            f"|z*|² / |c|² over draws of W: {listed(parts)}."
         )
 
 
@@ -132,5 +134,4 @@ def unsolved(initial: pd.DataFrame) -> Iterator[Finding]:
 
 
 def _activations(table: pd.DataFrame) -> list[str]:
-    present = set(table["activation"])
-    return [a for a in ACTIVATIONS if a in present] + sorted(present - set(ACTIVATIONS))
+    return ordered(table["activation"], ACTIVATIONS)

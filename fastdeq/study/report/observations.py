@@ -116,6 +116,6 @@ def convergence(evaluation: Evaluation, scales: list[float]) -> Iterator[Finding
         parts = [f"{f} {share[f]:.0%}" for f in evaluation.values("weight") if f in share]
         if parts:
             yield Finding(
-                f"At scale {number(scale)} this share of the forward solves in training met the "
-                f"tolerance: {listed(parts)} (median over seeds)."
+                f"Forward solves in training that met the tolerance, at scale {number(scale)}: "
+                f"{listed(parts)} (median over seeds)."
             )
