@@ -50,7 +50,9 @@ class Equilibrium:
         mean_slope: ``E phi'(p)``.
         mean_square_slope: ``E phi'(p)^2``.
         reaction: a; 0 for dense and orthogonal weights.
-        bulk_radius: radius of the continuous part of the spectrum of the Jacobian ``D W``.
+        bulk_radius: radius of the continuous part of the spectrum of the Jacobian ``D W``. For
+            symmetric weights beyond the edge of stability it only says, by ``>= 1``, that they are:
+            ``sqrt(e^2 E[(phi' / (1 - a phi'))^2])``.
         jacobian_radius: its spectral radius: the bulk's, or an eigenvalue outside of it.
         adjoint_variance: ``|u|^2 / |g|^2`` of the adjoint ``u = g + W^T D u``, for g that depends
             on neither W nor c; infinity from the stability edge on.
@@ -111,6 +113,11 @@ def equilibrium(
     mean = averages(phi, v, a)
     spectrum: Jacobian = jacobian(mean, e2, symmetric=weight == "symmetric")
     adjoint, gradient = _adjoint(mean, e2)
+    bulk, radius = spectrum.bulk, spectrum.radius
+    if weight == "symmetric" and adjoint == math.inf:
+        # The resolvent of D W at 1 has left its physical branch: z* is beyond the edge.
+        bulk = math.sqrt(e2 * mean.of((mean.slope / (1 - a * mean.slope)) ** 2))
+        radius = max(bulk, radius)
     return Equilibrium(
         length=mean.length if v > 0 else float(phi.function(torch.zeros(()))) ** 2,
         field_variance=v,
@@ -118,8 +125,8 @@ def equilibrium(
         mean_slope=mean.of(mean.slope),
         mean_square_slope=mean.of(mean.slope**2),
         reaction=a,
-        bulk_radius=spectrum.bulk,
-        jacobian_radius=spectrum.radius,
+        bulk_radius=bulk,
+        jacobian_radius=radius,
         adjoint_variance=adjoint,
         injection_gradient_variance=gradient,
     )
@@ -176,6 +183,7 @@ def _with_reaction(phi: Activation, e2: float, injected: float) -> tuple[float, 
     a, v = 0.0, injected
     for _ in range(_PLAIN_STEPS):
         a, v = step(a, v)
+        a = min(a, 0.95 / phi.lipschitz)  # a first step may go too far
     for _ in range(_NEWTON_STEPS):
         next_a, next_v = step(a, v)
         error = (next_a - a, next_v - v)

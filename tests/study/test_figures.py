@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_rgb
 
-from fastdeq.study import predictions
+from fastdeq.study.report import predictions
 from fastdeq.study.report.evaluation import Evaluation
 from fastdeq.study.report.figures import curves, edges, maps, moments, spectra, traces
 from fastdeq.study.report.style import FAMILY_STYLE, Missing, Picture, _ticks
