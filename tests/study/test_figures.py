@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +11,9 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_rgb
 
+from fastdeq import theory
 from fastdeq.study.report import predictions
+from fastdeq.study.report.draws import QUANTITIES
 from fastdeq.study.report.evaluation import Evaluation
 from fastdeq.study.report.figures import curves, edges, maps, moments, spectra, traces
 from fastdeq.study.report.style import FAMILY_STYLE, Missing, Picture, _ticks
@@ -155,29 +155,19 @@ def test_predictions_of_the_linear_model():
         assert predictions.predict(quantity, "dense", scale, activation, 1.0) is None
 
 
-@dataclass
-class FakeEquilibrium:
-    length: float
-    stable: bool
-    mean_square_slope: float = 0.8
-    adjoint_variance: float = 3.0
-    jacobian_radius: float = 0.7
-
-
 def test_mean_field_gives_lengths_relative_to_the_injection_and_nothing_where_unstable():
-    def equilibrium(weight, activation, scale, injection):
-        assert activation == "relu"
-        if scale > 5:
-            raise ValueError("no finite length")
-        return FakeEquilibrium(length=6.0, stable=scale < 1)
-
-    predict = predictions.mean_field("relu", equilibrium)
-    assert predict("length", "dense", 0.5, 2.0) == 3
-    assert predict("moment_1", "dense", 0.5, 2.0) == predict("adjoint", "dense", 0.5, 2.0) == 3
-    assert predict("radius", "dense", 0.5, 2.0) == 0.7
-    assert predict("moment_2", "dense", 0.5, 2.0) is None
-    assert predict("length", "dense", 2.0, 2.0) is None
-    assert predict("length", "dense", 9.0, 2.0) is None
+    found = theory.equilibrium("dense", "relu", 0.5, 2.0)
+    values = {
+        q: predictions.predict(q, "dense", 0.5, "relu", 2.0) for q in (*QUANTITIES, "adjoint")
+    }
+    assert values["length"] == found.length / 2
+    assert values["moment_1"] == values["adjoint"] == found.adjoint_variance
+    assert values["radius"] == found.jacobian_radius
+    assert values["mean_square_slope"] == found.mean_square_slope
+    assert values["moment_2"] is None
+    # Beyond the edge at sqrt(2), and where no length is finite.
+    for scale in (1.41425, 9.0):
+        assert predictions.predict("length", "dense", scale, "relu", 2.0) is None
 
 
 def test_another_theory_can_be_plugged_in(monkeypatch):

@@ -9,7 +9,7 @@ import study_tables
 
 pytest.importorskip("matplotlib")
 
-from fastdeq.study import draws, findings, observations
+from fastdeq.study.report import draws, findings, observations
 from fastdeq.study.report.evaluation import Evaluation
 from fastdeq.study.report.findings import CONTRADICT, EQUAL, SUPPORT, UNDECIDED, compare, verdict
 

@@ -13,7 +13,7 @@ import study_tables
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from fastdeq.study import html
+from fastdeq.study.report import html
 from fastdeq.study.report.html import write_report
 
 NOTHING = pd.DataFrame()
