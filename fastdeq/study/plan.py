@@ -58,7 +58,7 @@ class Images:
     epochs: int = 5
     batch_size: int = 64
     optimizer: OptimizerName = "sgd"
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     max_gradient: float = math.inf
     tol: float = 1e-3
     max_iter: int = 50
@@ -143,7 +143,7 @@ class Study:
     weights: list[WeightName] = field(default_factory=lambda: ["dense", "orthogonal", "symmetric"])
     regimes: list[Regime] = field(default_factory=lambda: ["initialised", "kept"])
     conventions: list[Convention] = field(default_factory=lambda: ["spectral_radius", "variance"])
-    seeds: int = 5
+    seeds: int = 8
     images: Images = field(default_factory=Images)
     characters: Characters = field(default_factory=Characters)
     initial: Initial = field(default_factory=Initial)
