@@ -84,6 +84,19 @@ def test_the_bar_is_the_best_median_of_any_family_and_not_the_best_run():
     assert judge(runs).reference.unique() == pytest.approx([0.9])
 
 
+def test_the_bar_is_lower_where_the_data_of_a_seed_are_harder():
+    runs = study_tables.training()
+    fine = judge(runs).learns
+    for shift in (-0.05, 0.02):
+        other = runs.copy()
+        other.loc[other.seed == 3, "test_accuracy"] += shift
+        assert (judge(other).learns == fine).all()
+    # One run alone is no harder seed.
+    alone = runs.index[(runs.seed == 3) & (runs.scale == 0.5) & (runs.weight == "dense")][0]
+    other.loc[alone, "test_accuracy"] -= 0.05
+    assert (judge(other).learns != fine).sum() == 2  # in both regimes
+
+
 # Ranges
 
 
