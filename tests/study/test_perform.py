@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from idx_files import write_mnist
 from rich.console import Console
 
 pytest.importorskip("sklearn")
@@ -179,6 +180,19 @@ def test_mnist_without_its_files_is_said_before_the_first_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
         perform(study, tmp_path / "out", jobs=1, console=silent())
     assert not list((tmp_path / "out").glob("initial/*"))
+
+
+def test_mnist_by_its_folder(tmp_path):
+    write_mnist(tmp_path, suffix=".gz")
+    study = dataclasses.replace(
+        SMALL, tasks=["mnist"], mnist=str(tmp_path), weights=["dense"], initial=Initial(scales=[])
+    )
+    training, initial = perform(study, tmp_path / "out", jobs=1, console=silent())
+    assert set(training["task"]) == {"mnist"}
+    assert (training["error"] == "").all()
+    assert (training["updates"] == 1).all()  # twelve images
+    assert len(training) == 4
+    assert len(initial) == 0
 
 
 def arguments(folder) -> list[str]:
