@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,7 +154,7 @@ def test_boundaries():
     assert circle.abs().tolist() == pytest.approx([0.7] * 9)
     ends = theory.eigenvalue_boundary("symmetric", 0.7, 2)
     assert ends.tolist() == [-0.7, 0.7]
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="points must be an integer >= 2"):
         theory.eigenvalue_boundary("dense", 0.7, 1)
 
 
@@ -172,5 +173,32 @@ def test_conventions(name):
 def test_width_that_predictions_need():
     at = {name: theory.effective_width(name, 0.9, 256) for name in WEIGHTS}
     assert at["dense"] < 10 < 20 < at["symmetric"] < at["orthogonal"]
-    with pytest.raises(ValueError, match="positive integer"):
+    with pytest.raises(ValueError, match="features must be an integer >= 1"):
         theory.variation("dense", 0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: theory.variance("dense", "0.9"), "scale must be a real number"),
+        (lambda: theory.weight_norm("dense", None), "scale must be a real number"),
+        (lambda: theory.eigenvalue_density("dense", 1j, torch.zeros(2)), "scale must be"),
+        (lambda: theory.variation("dense", torch.zeros(2), 9), "scale must be a real number"),
+        (lambda: theory.equilibrium("dense", "tanh", 0.9, "1"), "injection_variance must be"),
+        (lambda: theory.eigenvalue_density("dense", 0.9, [0.1]), "tensor of points, not list"),
+    ],
+    ids=["text", "none", "complex", "tensor", "injection", "points"],
+)
+def test_what_is_no_number(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_numbers_of_other_libraries():
+    assert theory.variation("dense", np.float32(0.5), np.int64(256)) == theory.variation(
+        "dense", 0.5, 256
+    )
+    assert theory.variance("dense", torch.tensor(0.5)) == theory.variance("dense", 0.5)
+    for features in (256.0, True):
+        with pytest.raises(ValueError, match="features must be an integer"):
+            theory.variation("dense", 0.5, features)
