@@ -153,8 +153,9 @@ def initialize_(
             a weight; weights that hooks compute, or that are sharded; options out of range. Nothing
             has changed then, but where one of several parametrised weights is refused.
 
-    Source: Agarwala and Schoenholz, ICML 2022, who find DEQs sensitive to the higher-order statistics
-    of their weights, and orthogonal or symmetric ones to train stably over a broader range of scales.
+    Source: Agarwala and Schoenholz, ICML 2022, who find DEQs sensitive to the higher-order
+    statistics of their weights, and orthogonal or symmetric ones to train stably over a broader
+    range of scales.
     """
     check_choice(family, WEIGHTS, "family")
     check_choice(convention, CONVENTIONS, "convention")
