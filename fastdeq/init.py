@@ -38,7 +38,8 @@ from .weights.square import Names, Square, check_writable, find_squares, why_not
 #: What ``scale`` is: the spectral radius, or ``sqrt(d)`` times the deviation of an entry.
 Convention = Literal["spectral_radius", "variance"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
-_Target = TypeVar("_Target", nn.Module, Tensor)
+_Target = TypeVar("_Target", bound=nn.Module | Tensor)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def dense_(
@@ -183,12 +184,12 @@ def initialize_(
 
 
 def keep_(
-    module: nn.Module,
+    module: _Module,
     family: Literal["orthogonal", "symmetric"],
     *,
     names: Names = None,
     scale: float | None = None,
-) -> nn.Module:
+) -> _Module:
     """Keeps the square matrices of a module in a family while it trains, by parametrising them with
     :class:`fastdeq.OrthogonalMap` or :class:`fastdeq.SymmetricMap`::
 

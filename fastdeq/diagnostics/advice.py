@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diagnosis import Diagnosis, Recommendation, largest
 from ..options import Options
 from ..solution import Status
 from ..solvers import Picard
 from ..weights.square import Square
-from .diagnosis import Diagnosis, Recommendation, largest
 from .recurrent import are_orthogonal, root_mean_square_scale, two_norm, values_of
 
 #: From this spectral radius on, training soon leaves the region where plain steps converge.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..cells import AffineCell
+from ..estimate import Estimate, check_numbers
 from ..layer import DEQLayer
 from ..solve.cell_map import CellMap
 from ..solve.coupling import are_independent
 from ..solve.leading import leading_of
 from ..solve.packing import Packing
 from . import krylov
-from .estimate import Estimate, check_numbers
 from .keywords import takes_keywords
 from .untouched import differentiable_twice, usable
 

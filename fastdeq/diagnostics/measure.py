@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..cells import AffineCell
+from ..diagnosis import Diagnosis, largest
+from ..estimate import Estimate, check_numbers
 from ..layer import DEQLayer
 from ..options import Options
 from ..samples import as_rows
@@ -25,8 +27,6 @@ from ..solve.packing import Packing
 from ..weights.square import Names, Square
 from .advice import Subject, Trial, advise
 from .backward import backward
-from .diagnosis import Diagnosis, largest
-from .estimate import Estimate, check_numbers
 from .jacobian import jacobian_norm, spectral_radius
 from .recurrent import Scaled, can_be_scaled, recurrent_squares
 from .subset import Subset, spread_over, subset

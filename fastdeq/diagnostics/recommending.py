@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diagnosis import Diagnosis, Recommendation, listed
 from ..layer import DEQLayer
 from ..options import Options
 from ..solve.arguments import check_cell
 from ..weights.square import Names
-from .diagnosis import Diagnosis, Recommendation, listed
 from .measure import diagnose
 from .recurrent import multiply, recurrent_squares
 

@@ -7,8 +7,8 @@ import torch
 from advice_cases import F64, MLP, Attention, Conv, LinearCell, Pair, symmetric_matrix
 
 from fastdeq import AffineCell, DEQLayer, Status
+from fastdeq.diagnosis import predicted
 from fastdeq.diagnostics import Diagnosis, spectral_radius
-from fastdeq.diagnostics.diagnosis import predicted
 
 EIGENVALUES = [0.8, *torch.linspace(-0.5, 0.5, 15).tolist()]
 TOL = 1e-8
