@@ -78,6 +78,26 @@ def test_dense_trace_has_the_terms_of_its_expansion():
     assert (total - 4 * s**2) / s**4 == pytest.approx(26, abs=200 * s**2)
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.8])
+def test_symmetric_trace_by_the_coefficients_of_its_function(scale):
+    """Johansson's sum with the Fourier coefficients of (1 - s cos t)^-2, from a transform."""
+    t = torch.arange(512, dtype=torch.float64) * (2 * math.pi / 512)
+    a = torch.fft.rfft((1 - scale * t.cos()) ** -2).real / 256
+    total = math.sqrt(float((torch.arange(257) * a**2).sum()) / 2)
+    m1 = theory.variance("symmetric", scale)
+    assert float(a[0]) / 2 != pytest.approx(m1)  # the mean over t is that of the arcsine law
+    assert theory.trace_variation("symmetric", scale, 1) == pytest.approx(total / m1, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_variation_is_that_of_the_direction_and_of_the_trace(name):
+    for s, d in ((0.6, 3), (0.9, 100)):
+        m1, m2 = theory.variance(name, s), theory.fourth_moment(name, s)
+        direction = 2 * (m2 / m1**2 - 1) / (d + 2)
+        both = direction + theory.trace_variation(name, s, d) ** 2
+        assert theory.variation(name, s, d) ** 2 == pytest.approx(both, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_untied(name):
     torch.manual_seed(1)
@@ -171,8 +191,8 @@ def test_conventions(name):
 
 
 def test_width_that_predictions_need():
-    at = {name: theory.effective_width(name, 0.9, 256) for name in WEIGHTS}
-    assert at["dense"] < 10 < 20 < at["symmetric"] < at["orthogonal"]
+    at = {name: theory.effective_width(name, 0.6, 100) for name in WEIGHTS}
+    assert at == pytest.approx({"dense": 100 * 0.8**4, "orthogonal": 64, "symmetric": 51.2})
     with pytest.raises(ValueError, match="features must be an integer >= 1"):
         theory.variation("dense", 0.9, 0)
 
