@@ -30,6 +30,7 @@ def test_an_applied_scale_is_in_the_state_dict():
     other.load_state_dict(layer.state_dict())
     scale = layer.cell.weight.scale
     assert scale < 2
+    assert float(layer.cell.weight.stored_scale) == pytest.approx(scale, rel=1e-6)
     assert other.cell.weight.scale == pytest.approx(scale, rel=1e-6)  # kept in float32
     w = layer.cell.recurrent_weight().detach()
     assert other.cell.recurrent_weight().detach() == pytest.approx(w, rel=1e-5, abs=1e-6)
@@ -108,3 +109,14 @@ def test_arguments_that_only_look_like_those_of_samples():
     d = layer.diagnose(torch.randn(12, 3, dtype=F64), gains, samples=3)
     assert len(d.probed) == 3
     assert d.radius.value == pytest.approx([0.5] * 3, rel=1e-9)
+
+
+def test_compiled_layers():
+    torch.manual_seed(0)
+    layer = DEQLayer(AffineCell(4, 24, scale=2.5), **QUIET)
+    compiled = torch.compile(layer, backend="eager")
+    x = torch.randn(9, 4)
+    found = fastdeq.recommend(compiled, x)
+    assert found.get("scale") == fastdeq.recommend(layer, x).get("scale") < 1
+    found.apply(compiled)
+    assert compiled.diagnose(x).converged_share == 1
