@@ -32,17 +32,19 @@ from .weights import Dense, Orthogonal, OrthogonalMap, Symmetric, SymmetricMap
 
 if TYPE_CHECKING:
     from . import diagnostics as diagnostics
+    from . import theory as theory
     from .diagnostics import jacobian_penalty, recommend, spectral_radius
 else:
 
     def __getattr__(name):
-        """``fastdeq.diagnostics`` and its functions that training uses, when they are first looked
-        for: a solve does not need them."""
-        if name in ("diagnostics", "jacobian_penalty", "recommend", "spectral_radius"):
-            import importlib
+        """``fastdeq.diagnostics`` and its functions that training uses, and ``fastdeq.theory``,
+        when they are first looked for: a solve does not need them."""
+        import importlib
 
-            found = importlib.import_module(".diagnostics", __name__)
-            return found if name == "diagnostics" else getattr(found, name)
+        if name in ("diagnostics", "theory"):
+            return importlib.import_module(f".{name}", __name__)
+        if name in ("jacobian_penalty", "recommend", "spectral_radius"):
+            return getattr(importlib.import_module(".diagnostics", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -36,9 +36,10 @@ from .weights.orthogonal import Orthogonal
 from .weights.square import Names, Square, check_writable, find_squares, why_not_square, write
 
 #: What ``scale`` is: the spectral radius, or ``sqrt(d)`` times the deviation of an entry.
-Convention = Literal["radius", "variance"]
+Convention = Literal["spectral_radius", "variance"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
-_Target = TypeVar("_Target", nn.Module, Tensor)
+_Target = TypeVar("_Target", bound=nn.Module | Tensor)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def dense_(
@@ -47,7 +48,7 @@ def dense_(
     *,
     names: Names = None,
     blocks: bool = False,
-    convention: Convention = "radius",
+    convention: Convention = "spectral_radius",
     generator: torch.Generator | None = None,
 ) -> _Target:
     """Independent normal entries of variance ``scale^2 / d``, as :class:`fastdeq.Dense` has them.
@@ -71,7 +72,7 @@ def orthogonal_(
     *,
     names: Names = None,
     blocks: bool = False,
-    convention: Convention = "radius",
+    convention: Convention = "spectral_radius",
     generator: torch.Generator | None = None,
 ) -> _Target:
     """``scale * Q`` with Q orthogonal and Haar distributed, as :class:`fastdeq.Orthogonal` has it.
@@ -95,7 +96,7 @@ def symmetric_(
     *,
     names: Names = None,
     blocks: bool = False,
-    convention: Convention = "radius",
+    convention: Convention = "spectral_radius",
     generator: torch.Generator | None = None,
 ) -> _Target:
     """``W = W^T`` of variance ``scale^2 / (4 d)`` off the diagonal and twice that on it, as
@@ -122,7 +123,7 @@ def initialize_(
     *,
     names: Names = None,
     blocks: bool = False,
-    convention: Convention = "radius",
+    convention: Convention = "spectral_radius",
     generator: torch.Generator | None = None,
 ) -> _Target:
     """Draws the square weights of a module, or a tensor, in a family by name.
@@ -135,12 +136,13 @@ def initialize_(
         target: a module, or a tensor: ``(d, d)``, or a kernel ``(c, c, ...)`` of odd sizes. Real
             floating point.
         family: "dense", "orthogonal" or "symmetric".
-        scale: spectral radius of each square matrix in the limit of large d, >= 0.
+        scale: spectral radius of each square matrix in the limit of large d, >= 0; another number
+            with ``convention="variance"``.
         names: which weights of a module: a pattern as of ``fnmatch`` for names such as
             "mix.weight", several patterns, or a function of a name. None: all square ones.
         blocks: whether matrices of several square blocks count, such as ``(3d, d)``.
-        convention: "radius", or "variance": entries have variance ``scale^2 / d`` in each family,
-            and the radius of symmetric ones is ``2 scale``.
+        convention: "spectral_radius", or "variance": entries have variance ``scale^2 / d`` in each
+            family, and the radius of symmetric ones is ``2 scale``.
         generator: of the numbers, on the device of the weights; None: the global one.
 
     Returns:
@@ -152,7 +154,9 @@ def initialize_(
             a weight; weights that hooks compute, or that are sharded; options out of range. Nothing
             has changed then, but where one of several parametrised weights is refused.
 
-    Source: Agarwala and Schoenholz, ICML 2022, for the families and what they do to a DEQ.
+    Source: Agarwala and Schoenholz, ICML 2022, who find DEQs sensitive to the higher-order
+    statistics of their weights, and orthogonal or symmetric ones to train stably over a broader
+    range of scales.
     """
     check_choice(family, WEIGHTS, "family")
     check_choice(convention, CONVENTIONS, "convention")
@@ -180,12 +184,12 @@ def initialize_(
 
 
 def keep_(
-    module: nn.Module,
+    module: _Module,
     family: Literal["orthogonal", "symmetric"],
     *,
     names: Names = None,
     scale: float | None = None,
-) -> nn.Module:
+) -> _Module:
     """Keeps the square matrices of a module in a family while it trains, by parametrising them with
     :class:`fastdeq.OrthogonalMap` or :class:`fastdeq.SymmetricMap`::
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .diagnosis import Diagnosis, ParameterGradient, Recommendation
-from .estimate import Estimate
+from ..diagnosis import Diagnosis, ParameterGradient, Recommendation
+from ..estimate import Estimate
 from .jacobian import jacobian_norm, spectral_radius
 from .penalty import jacobian_penalty
 from .recommending import Recommendations, recommend

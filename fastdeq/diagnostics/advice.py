@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diagnosis import Diagnosis, Recommendation, largest
 from ..options import Options
 from ..solution import Status
 from ..solvers import Picard
 from ..weights.square import Square
-from .diagnosis import Diagnosis, Recommendation, largest
-from .recurrent import root_mean_square_scale, two_norm, values_of
+from .recurrent import are_orthogonal, root_mean_square_scale, two_norm, values_of
 
 #: From this spectral radius on, training soon leaves the region where plain steps converge.
 EDGE = 0.95
@@ -90,8 +90,7 @@ def _scale(d: Diagnosis, subject: Subject) -> tuple[list[Recommendation], float]
         why = f"{seen}; the cell has no square weights that are known, so scale J by itself"
         return [Recommendation("scale", TARGET / radius if radius > 0 else 0.5, why)], TARGET
     factor = TARGET / radius if math.isfinite(radius) and radius > 0 else 0.5
-    which = ", ".join(s.name for s in subject.squares[:3])
-    which += ", ..." if len(subject.squares) > 3 else ""
+    which = _names(subject.squares)
     if subject.trial is None:
         why = f"{seen}; to first order it scales with {which}"
         return [Recommendation("scale", _rounded(factor), why)], TARGET
@@ -122,13 +121,17 @@ def _tried(trial: Trial, factor: float) -> tuple[float, float, float]:
 
 
 def _weight(d: Diagnosis, s: Subject, scale: list[Recommendation]) -> Iterator[Recommendation]:
-    """Another family where J is far from normal, or the scale has to change anyway."""
+    """Orthogonal weights where J is far from normal, or the scale has to change anyway."""
     norm, radius = largest(d.norm.value), largest(d.radius.value)
     skewed = norm > 1 and norm > 1.5 * radius and radius >= TARGET
     if not s.squares or s.symmetric or s.certified or not (scale or skewed):
         return
+    if are_orthogonal(s.squares):
+        return
     factor = scale[0].value if scale else 1.0
     value = {"family": "orthogonal", "scale": _rounded(factor * root_mean_square_scale(s.squares))}
+    if any(t.dim() == 2 and len(t) != t.shape[1] for t in (square.tensor for square in s.squares)):
+        value["blocks"] = True
     why = "the same mean square of entries"
     if skewed:
         why = (
@@ -136,7 +139,10 @@ def _weight(d: Diagnosis, s: Subject, scale: list[Recommendation]) -> Iterator[R
             f"away from the equilibrium before steps come closer; {why}"
         )
     if scale:
-        why += ", and the scale above; trains over a broader range of scales than dense weights do"
+        why += (
+            ", and the scale above; such weights train stably over a broader range of scales "
+            "(Agarwala and Schoenholz 2022)"
+        )
     yield Recommendation("weight", value, why)
 
 
@@ -245,10 +251,14 @@ def _learning_rate(
     if not all(math.isfinite(r) and r > 0 for r in rates.values()):
         return
     why = (
-        f"rule of thumb for the square weights: a step then changes the radius, {radius:.2g}, by "
+        f"rule of thumb for {_names(s.squares)}: a step then changes the radius, {radius:.2g}, by "
         f"a tenth of its distance to 1 at most"
     )
     yield Recommendation("learning_rate", rates, why)
+
+
+def _names(squares: list[Square]) -> str:
+    return ", ".join([s.name for s in squares[:3]] + ["..."] * (len(squares) > 3))
 
 
 def _rounded(value: Any) -> float:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..cells import AffineCell
+from ..diagnosis import ParameterGradient
 from ..layer import DEQLayer
 from ..solution import Solution
 from ..solve.packing import Packing
 from ..weights.square import Square
-from .diagnosis import ParameterGradient
 from .recurrent import two_norm
 from .untouched import all_modules
 

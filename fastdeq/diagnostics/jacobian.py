@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..cells import AffineCell
+from ..estimate import Estimate, check_numbers
 from ..layer import DEQLayer
 from ..solve.cell_map import CellMap
 from ..solve.coupling import are_independent
 from ..solve.leading import leading_of
 from ..solve.packing import Packing
 from . import krylov
-from .estimate import Estimate, check_numbers
 from .keywords import takes_keywords
+from .untouched import differentiable_twice, usable
 
 
 @takes_keywords("spectral_radius")
@@ -108,7 +108,8 @@ def jacobian_norm(
 
     It is the cell's local Lipschitz constant in z: below 1, plain iteration comes closer to the
     equilibrium with every step. The arguments are those of :func:`spectral_radius`. A step takes
-    two products, one with J and one with its transpose, both reverse mode.
+    two products, one with J and one with its transpose, both reverse mode. Attention is computed
+    without fused kernels.
 
     Returns:
         An :class:`Estimate` with ``value <= |J| <= upper = value + accuracy``, up to rounding,
@@ -125,7 +126,7 @@ def jacobian_norm(
     check_numbers(tol, max_products, risk, generator)
     if max_products < 2:
         raise ValueError(f"a step of jacobian_norm takes 2 products, got {max_products=}.")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), differentiable_twice():
         at = _Linearization(cell, x, z, context, keywords)
         reach = krylov.log_reach(at.size, risk, symmetric=True)
         scale: Tensor | None = None
@@ -174,7 +175,7 @@ class _Linearization:
     def __init__(
         self, cell: Any, x: Any, z: Any, context: tuple[Any, ...], keywords: dict[str, Any]
     ):
-        x, z, context, keywords = map(_usable, (x, z, context, keywords))
+        x, z, context, keywords = map(usable, (x, z, context, keywords))
         layer = cell if isinstance(cell, DEQLayer) else None
         if layer is not None:
             cell = layer.cell
@@ -287,13 +288,3 @@ def _equilibrium(
     if probe.options.has_aux:
         z, _ = z
     return z, probe.last_solution.nonfinite
-
-
-def _usable(value: Any) -> Any:
-    """``value`` with tensors that were made in inference mode replaced by copies: autograd may not
-    save those."""
-
-    def one(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-    return tree_map(one, value)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..cells import AffineCell
+from ..diagnosis import Diagnosis, largest
+from ..estimate import Estimate, check_numbers
 from ..layer import DEQLayer
 from ..options import Options
 from ..samples import as_rows
@@ -25,13 +27,10 @@ from ..solve.packing import Packing
 from ..weights.square import Names, Square
 from .advice import Subject, Trial, advise
 from .backward import backward
-from .diagnosis import Diagnosis, largest
-from .estimate import Estimate, check_numbers
-from .jacobian import _usable as usable_tensors
 from .jacobian import jacobian_norm, spectral_radius
 from .recurrent import Scaled, can_be_scaled, recurrent_squares
 from .subset import Subset, spread_over, subset
-from .untouched import untouched
+from .untouched import untouched, usable
 
 _PLAIN_STEPS = 100  # most that are made to see a contraction
 _TRIAL_PRODUCTS = 50
@@ -78,7 +77,7 @@ class _Measured:
         z0: Any,
         generator: torch.Generator | None,
     ):
-        x, context, keywords, z0 = map(usable_tensors, (x, context, keywords, z0))
+        x, context, keywords, z0 = map(usable, (x, context, keywords, z0))
         self.cell, self.generator = layer.cell, generator
         self.options = dataclasses.replace(layer.options, on_failure="ignore")
         self.leading = leading_of(self.cell, x)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..diagnosis import Diagnosis, Recommendation, listed
 from ..layer import DEQLayer
 from ..options import Options
 from ..solve.arguments import check_cell
 from ..weights.square import Names
-from .diagnosis import Diagnosis, Recommendation, listed
 from .measure import diagnose
 from .recurrent import multiply, recurrent_squares
 
@@ -61,6 +61,7 @@ class Recommendations:
         Raises:
             TypeError: no :class:`fastdeq.DEQLayer`.
         """
+        layer = _without_compiler(layer)
         if not isinstance(layer, DEQLayer):
             raise TypeError(f"the changes are made in a DEQLayer, not {type(layer).__name__}.")
         left = []
@@ -123,6 +124,7 @@ def recommend(
     Raises:
         TypeError, ValueError: what the layer raises for such arguments; options out of range.
     """
+    target = _without_compiler(target)
     if isinstance(target, DEQLayer):
         layer = target
     else:
@@ -145,3 +147,8 @@ def recommend(
         generator=generator,
     )
     return Recommendations(found, names)
+
+
+def _without_compiler(module: Any) -> Any:
+    """The module that ``torch.compile`` has wrapped."""
+    return getattr(module, "_orig_mod", module) if isinstance(module, nn.Module) else module

@@ -18,19 +18,26 @@ _LARGEST = 1024  # of a matrix whose 2-norm is computed; its Frobenius norm, a b
 
 
 def recurrent_squares(cell: Any, names: Names = None) -> list[Square]:
-    """Those of the cell by name; of an :class:`fastdeq.AffineCell` those of W; blocks of packed
-    ones where there are no others."""
+    """Those of the cell by name, packed ones too; without names those of W of an
+    :class:`fastdeq.AffineCell`, all of another cell, and packed ones where there are no others.
+
+    Raises:
+        ValueError: no square weight has such a name; the message lists what there is.
+    """
     found: list[Square] = []
+    why = "the cell has no module that is known"
     for module in all_modules(cell):
         chosen = names
         if chosen is None and isinstance(cell, AffineCell):
             chosen = "weight.*"
-        for blocks in (False, True):
+        for blocks in (False, True) if names is None else (True,):
             try:
                 found += find_squares(module, chosen, blocks)
                 break
-            except ValueError:
-                continue
+            except ValueError as error:
+                why = str(error)
+    if names is not None and not found:
+        raise ValueError(f"names={names!r} chooses no square weight: {why}")
     return [s for s in found if s.tensor.is_floating_point() and s.tensor.device.type != "meta"]
 
 
@@ -58,6 +65,18 @@ def root_mean_square_scale(squares: list[Square]) -> float:
             norm = float(torch.linalg.vector_norm(view.float()))
             logs.append(math.log(max(norm / math.sqrt(len(view)), 1e-30)))
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def are_orthogonal(squares: list[Square]) -> bool:
+    """Whether each is a multiple of an orthogonal matrix, up to the rounding of bfloat16."""
+    for s in squares:
+        for view in s.views(values_of(s)):
+            gram = view.float() @ view.float().t()
+            mean = gram.diagonal().mean()
+            distance = torch.linalg.matrix_norm(gram - mean * torch.eye(len(view)).to(gram))
+            if not float(distance) <= 1e-2 * float(mean) * math.sqrt(len(view)):
+                return False
+    return bool(squares)
 
 
 class Scaled:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..cells import AffineCell
 from ..errors import lists_options
+from ..estimate import check_numbers
 from ..layer import DEQLayer
 from . import krylov
-from .estimate import check_numbers
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""A cell that is looked at and left as it was: buffers and the state of random numbers."""
+"""How a cell is looked at: left as it was, of tensors that autograd may save, with attention that
+is twice differentiable."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..solve.checked_maps import modules_of
 
@@ -41,6 +43,22 @@ def untouched(cell: Any, arguments: Any) -> Iterator[None]:
                 owner._buffers.update(buffers)
 
 
+def differentiable_twice() -> AbstractContextManager[None]:
+    """Attention by products and a softmax, as no fused kernel has a second derivative."""
+    found: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return found
+
+
 def all_modules(cell: Any) -> list[nn.Module]:
     """The cell, or what a function holds or names."""
     return [cell] if isinstance(cell, nn.Module) else modules_of(cell)
+
+
+def usable(value: Any) -> Any:
+    """``value`` with tensors that were made in inference mode replaced by copies: autograd may not
+    save those."""
+
+    def one(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    return tree_map(one, value)

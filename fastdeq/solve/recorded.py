@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,13 @@ from ..cells import AffineCell
 from ..options import Options
 from ..solution import Solution
 from ..solvers import Structure
+from ..weights.square import Names
 from .checked_maps import CheckedMaps
 from .record import OnSolution, Record, check_watching, new_record
 from .spec import Specs
+
+if TYPE_CHECKING:  # a solve does not need it
+    from ..diagnosis import Diagnosis
 
 
 class Recorded(nn.Module):
@@ -91,12 +95,12 @@ class Recorded(nn.Module):
         *context: Any,
         z0: Any = None,
         loss: Callable[[Any], Tensor] | None = None,
-        names: Any = None,
+        names: Names = None,
         samples: int = 8,
         max_products: int = 100,
         generator: torch.Generator | None = None,
         **keywords: Any,
-    ) -> Any:
+    ) -> Diagnosis:
         """How this layer solves a batch and is differentiated, and what to change: a
         :class:`fastdeq.diagnostics.Diagnosis`, which prints as a table.
 
@@ -121,7 +125,7 @@ class Recorded(nn.Module):
             TypeError, ValueError: what the layer raises for such arguments; options out of range.
         """
         measure = importlib.import_module("fastdeq.diagnostics.measure")
-        return measure.diagnose(
+        found: Diagnosis = measure.diagnose(
             self,
             x,
             context,
@@ -133,6 +137,7 @@ class Recorded(nn.Module):
             max_products=max_products,
             generator=generator,
         )
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without the record of past solves and checks."""

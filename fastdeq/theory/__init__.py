@@ -6,7 +6,8 @@ point is the claim of Agarwala and Schoenholz (Deep equilibrium networks are sen
 initialization statistics, ICML 2022): that DEQs are sensitive to the higher-order statistics of
 their weights, and that orthogonal and symmetric ones train stably over a broader range of scales.
 The formulas are derived, or their classical source is named, where they stand. All are limits of
-large width.
+large width. Numbers may be those of NumPy, or tensors of one element; what is no number raises
+TypeError.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ large d:
 from __future__ import annotations
 
 import math
+import numbers
+
+import torch
 
 from ..errors import check_choice
 
@@ -59,8 +62,16 @@ def check_weight(weight: str) -> str:
     return weight
 
 
+def number_of(value: float, name: str) -> float:
+    """A number, also one of NumPy or a tensor of one element; TypeError for anything else."""
+    single = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
+    if not single and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be a real number, e.g. {name}=0.9; got {value!r}.")
+    return float(value)
+
+
 def check_size(value: float, name: str) -> float:
-    number = float(value)
+    number = number_of(value, name)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, e.g. {name}=0.9; got {value!r}.")
     return number
@@ -69,7 +80,7 @@ def check_size(value: float, name: str) -> float:
 def check_linear(weight: str, scale: float) -> float:
     """``scale^2``, of a scale at which a linear DEQ has a limit."""
     check_weight(weight)
-    square = float(scale) ** 2
+    square = number_of(scale, "scale") ** 2
     # Written so that NaN fails. A scale a rounding error below 1 may square to 1.
     if not square < 1:
         raise ValueError(
@@ -80,6 +91,13 @@ def check_linear(weight: str, scale: float) -> float:
 
 
 def check_features(features: int) -> int:
-    if not isinstance(features, int) or isinstance(features, bool) or features < 1:
-        raise ValueError(f"features must be a positive integer, e.g. 256; got {features!r}.")
-    return features
+    return check_count(features, "features", 1, 256)
+
+
+def check_count(value: int, name: str, least: int, example: int) -> int:
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integral or value < least:
+        raise ValueError(
+            f"{name} must be an integer >= {least}, e.g. {name}={example}; got {value!r}."
+        )
+    return int(value)

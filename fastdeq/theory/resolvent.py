@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .conventions import check_linear, check_size, check_weight
+from .conventions import check_count, check_linear, check_size, check_weight, number_of
 
 
 def eigenvalue_density(weight: str, scale: float, at: Tensor) -> Tensor:
@@ -27,10 +27,13 @@ def eigenvalue_density(weight: str, scale: float, at: Tensor) -> Tensor:
 
     Raises:
         ValueError: unknown family; a scale that is not positive and finite.
-        TypeError: complex points for a family whose density is not one of the plane.
+        TypeError: ``at`` that is no tensor; complex points for a family whose density is not one
+            of the plane.
     """
     check_weight(weight)
     s = _positive(scale)
+    if not isinstance(at, Tensor):
+        raise TypeError(f"at must be a tensor of points, not {type(at).__name__}.")
     if at.is_complex() and weight != "dense":
         where = "real points" if weight == "symmetric" else "angles"
         raise TypeError(f"{weight} weights have their density at {where}: at must be real.")
@@ -60,8 +63,7 @@ def eigenvalue_boundary(weight: str, scale: float, points: int = 200) -> Tensor:
     """
     check_weight(weight)
     s = _positive(scale)
-    if points < 2:
-        raise ValueError(f"points must be at least 2, e.g. 200; got {points!r}.")
+    points = check_count(points, "points", 2, 200)
     if weight == "symmetric":
         return torch.linspace(-s, s, points, dtype=torch.float64).to(torch.complex128)
     angle = torch.linspace(0, 2 * math.pi, points, dtype=torch.float64)
@@ -124,6 +126,7 @@ def resolvent_norm(weight: str, scale: float) -> float:
 
 
 def _positive(scale: float) -> float:
-    if not 0 < float(scale) < math.inf:
+    number = number_of(scale, "scale")
+    if not 0 < number < math.inf:
         raise ValueError(f"scale must be positive and finite, e.g. scale=0.9; got {scale!r}.")
-    return float(scale)
+    return number

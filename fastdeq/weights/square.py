@@ -73,7 +73,7 @@ def find_squares(module: nn.Module, names: Names = None, blocks: bool = False) -
     if not found:
         listed = "; ".join(others[:8]) + ("; ..." if len(others) > 8 else "")
         raise ValueError(
-            f"{type(module).__name__} has no square weight to initialise: "
+            f"{type(module).__name__} has no square weight: "
             f"{listed or 'it has no matrices at all'}."
         )
     return found

@@ -20,7 +20,9 @@ def changes(found):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: AffineCell(6, 32, scale=3.0), lambda: MLP(12, 2.0)], ids=["affine", "mlp"]
+    "make",
+    [lambda: AffineCell(6, 32, scale=3.0), lambda: fastdeq.init.dense_(MLP(12), 2.0)],
+    ids=["affine", "mlp"],
 )
 def test_a_scale_that_was_measured(make):
     torch.manual_seed(0)
@@ -50,12 +52,14 @@ def test_a_scale_that_was_measured(make):
 
 def test_the_family_at_the_recommended_scale():
     torch.manual_seed(0)
-    cell = MLP(12, 2.0)
+    cell = fastdeq.init.dense_(MLP(12), 2.0)
+    size = math.prod(float(m.weight.detach().norm()) for m in (cell.first, cell.second)) / 12
     x = torch.randn(16, 12)
     found = fastdeq.recommend(cell, x)
     value = found.get("weight")
     assert value["family"] == "orthogonal"
-    assert value["scale"] == pytest.approx(2.0 * found.get("scale"), rel=0.05)
+    # The geometric mean of both, rounded to two digits.
+    assert value["scale"] == pytest.approx(math.sqrt(size) * found.get("scale"), rel=0.05)
     fastdeq.init.initialize_(cell, **value)
     again = fastdeq.recommend(cell, x)
     assert again.diagnosis.converged_share == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 import pytest
 from run_example import run_example as run
@@ -88,3 +89,30 @@ def test_recommend(tmp_path):
     assert max(before[0], same_rate[0]) < 50
     assert after[1] == 100
     assert max(before[1], same_rate[1]) < 10
+
+
+def test_theory_check(tmp_path):
+    done = run("theory_check.py", "--quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = re.findall(
+        r"^(\w+) +(.+?) +(\d+\.\d+) +(\d+\.\d+) +(\S+)% (?:\+- \S+%|one draw)$",
+        done.stdout,
+        re.MULTILINE,
+    )
+    assert len(rows) == 69
+    assert len({row[:2] for row in rows}) == 69
+    deviations = []
+    for _, _, predicted, measured, deviation in rows:
+        # Four decimals of each, of 0.2 or more.
+        assert 100 * (float(measured) / float(predicted) - 1) == pytest.approx(
+            float(deviation), abs=0.1
+        )
+        deviations.append(abs(float(deviation)))
+    # Means over 2 draws with 32 vectors of 200 entries: 1 to 4 % each, fourth powers up to 8 %.
+    assert statistics.median(deviations) < 4
+    assert max(deviations) < 40
+    assert "largest deviation: " in done.stdout
+    refused = run("theory_check.py", "--features", "2", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--features must be at least 50" in refused.stderr

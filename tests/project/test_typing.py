@@ -21,8 +21,9 @@ from typing_extensions import assert_type
 
 from fastdeq import (
     GMRES, MINRES, AffineCell, Anderson, DEQLayer, Energy, HeavyBall, Neumann, Phantom, Picard,
-    Reversible, Solution, Truncated, Unrolled, fixed_point,
+    Reversible, Solution, Truncated, Unrolled, fixed_point, init, recommend, theory,
 )
+from fastdeq.diagnostics import Diagnosis, Recommendation
 from fastdeq.options import AdjointName, Backend, Gradient, OnFailure, Precision, SolverName
 
 Pair = tuple[Tensor, Tensor]
@@ -65,6 +66,14 @@ assert_type(layer(x, z0=None), Any)
 assert_type(layer(x, z0=torch.zeros(2, 4)), Tensor)
 general = DEQLayer(lambda z, x: pair(z))
 general(x=x, z0=(torch.zeros(2, 4), torch.zeros(2, 4)))
+found = layer.diagnose(x, loss=lambda z: z.sum(), names="weight.*")
+assert_type(found, Diagnosis)
+assert_type(found.radius.value, Tensor)
+assert_type(recommend(layer, x).apply(layer), tuple[Recommendation, ...])
+assert_type(theory.variance("dense", 0.5), float)
+block = nn.Sequential(nn.Linear(4, 4))
+assert_type(init.keep_(init.orthogonal_(block, 0.9), "orthogonal"), nn.Sequential)
+assert_type(init.dense_(torch.ones(4, 4), 0.9), Tensor)
 for batch_dim in (None, 1, -1, (0, 1)):
     DEQLayer(lambda z, x: z, batch_dim=batch_dim)
 z, s = fixed_point(torch.cos, torch.zeros(()), batch_dim=None)
@@ -99,6 +108,8 @@ WRONG = (
     ("fixed_point(torch.cos, z0)[0].nonsense", '"Tensor" has no attribute'),
     ("fixed_point(torch.cos, (z0, z0))", "incompatible type"),
     ("layer(z0, z0=(z0, z0)).shape", "has no attribute"),
+    ("layer.diagnose(z0).radii", 'has no attribute "radii"'),
+    ("layer.diagnose(z0, samples='all')", 'expected "int"'),
 )
 HEAD = """import torch
 from fastdeq import Anderson, AffineCell, DEQLayer, Phantom, fixed_point

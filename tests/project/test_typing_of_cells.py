@@ -132,10 +132,13 @@ def test_signatures_can_be_inspected():
     assert "device" in inspect.signature(AffineCell).parameters
 
 
-def test_diagnostics_are_imported_when_they_are_used():
+def test_diagnostics_and_theory_are_imported_when_they_are_used():
     program = """
 import sys, fastdeq
-assert not any(name.startswith("fastdeq.diagnostics") for name in sys.modules)
+lazy = ("fastdeq.diagnostics", "fastdeq.theory")
+assert not any(name.startswith(lazy) for name in sys.modules)
+assert fastdeq.theory.variance("dense", 0.0) == 1
+assert not any(name.startswith(lazy[:1]) for name in sys.modules)
 assert fastdeq.diagnostics.spectral_radius.__module__ == "fastdeq.diagnostics.jacobian"
 assert fastdeq.diagnostics is sys.modules["fastdeq.diagnostics"]
 try:

@@ -137,11 +137,45 @@ def test_an_outlier_of_the_jacobian():
     assert complex(largest) == pytest.approx(0.6, abs=2 / math.sqrt(FEATURES))
 
 
+# Convex and far from 0.
+STEP = Activation("step", lambda p: 1 + torch.relu(p - 1), lambda p: (p > 1).to(p.dtype))
+
+
+@pytest.mark.parametrize(("name", "injected"), [("dense", 0.1), ("symmetric", 0.02)])
+def test_the_outlier_reaches_one_where_the_solution_ends(name, injected):
+    """The last scale with a finite length is where the equations of length and reaction are
+    singular, which an eigenvalue 1 of the Jacobian is: near it the outlier is 1 less a multiple of
+    the root of the distance, and the bulk is not yet there."""
+    edge = theory.edge_of_stability(name, STEP, injected)
+    with pytest.raises(ValueError, match="Take a smaller scale"):
+        theory.equilibrium(name, STEP, edge * (1 + 1e-4), injected)
+    distances = []
+    for gap in (1e-4, 1e-6):
+        found = theory.equilibrium(name, STEP, edge * (1 - gap), injected)
+        assert found.stable
+        assert found.bulk_radius < found.jacobian_radius
+        distances.append(1 - found.jacobian_radius)
+    power = 0.5 if name == "symmetric" else 1.0  # lengths of dense weights run away instead
+    assert distances[0] < 30 * 1e-4**power
+    assert distances[1] == pytest.approx(distances[0] * 100**-power, rel=0.1)
+
+
+def test_no_edge_in_reach():
+    flat = Activation(
+        "flat", lambda p: 1e-4 * p.tanh(), lambda p: 1e-4 * (1 - p.tanh() ** 2), lipschitz=1e-4
+    )
+    assert theory.edge_of_stability("dense", flat) == math.inf
+
+
+def test_no_injection_and_no_state():
+    found = theory.equilibrium("dense", "tanh", 0.9, 0.0)
+    assert (found.length, found.mean_square_slope) == (0, pytest.approx(1))
+    found = theory.equilibrium("dense", "sigmoid", 0.0, 0.0)
+    assert found.length == 0.25
+
+
 def test_an_outlier_of_symmetric_weights():
-    step = Activation(
-        "step", lambda p: 1 + torch.relu(p - 1), lambda p: (p > 1).to(p.dtype)
-    )  # convex and far from 0
-    found = theory.equilibrium("symmetric", step, 1.6, 0.1)
+    found = theory.equilibrium("symmetric", STEP, 1.6, 0.1)
     assert found.jacobian_radius > 1.08 * found.bulk_radius
     torch.manual_seed(3)
     ratios = []
@@ -150,8 +184,8 @@ def test_an_outlier_of_symmetric_weights():
         z, c = torch.zeros(2, FEATURES, dtype=torch.float64)
         c.normal_(std=math.sqrt(0.1))
         for _ in range(200):
-            z = step.function(W @ z + c)
-        D = step.slope(W @ z + c)
+            z = STEP.function(W @ z + c)
+        D = STEP.slope(W @ z + c)
         ends = torch.linalg.eigvalsh(D[:, None] * W * D)
         ratios.append(float(ends[-1] / -ends[0]))
     # The outlier is on the right alone; what both ends share drops out of their ratio.
@@ -163,10 +197,15 @@ def test_an_outlier_of_symmetric_weights():
 
 @pytest.mark.parametrize("activation", ["identity", "tanh", "hardtanh"])
 def test_edges_without_an_injection(activation):
-    for name in WEIGHTS:
+    # Orthogonal weights have the equations of dense ones: the tests with an injection see them.
+    for name in ("dense", "symmetric"):
         assert theory.edge_of_stability(name, activation, 0.0) == pytest.approx(1, rel=1e-5)
-        entry = theory.edge_of_stability(name, activation, 0.0, "variance")
-        assert entry == pytest.approx(0.5 if name == "symmetric" else 1, rel=1e-5)
+
+
+def test_an_edge_as_the_scale_of_entries():
+    for name, edge in (("dense", 1.0), ("symmetric", 0.5)):
+        entry = theory.edge_of_stability(name, "identity", 0.0, "variance")
+        assert entry == pytest.approx(edge, rel=1e-5)
 
 
 def test_edges_with_an_injection():

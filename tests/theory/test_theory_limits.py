@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,26 @@ def test_dense_trace_has_the_terms_of_its_expansion():
     s = 0.02
     total = (theory.trace_variation("dense", s, 1) * theory.variance("dense", s)) ** 2
     assert (total - 4 * s**2) / s**4 == pytest.approx(26, abs=200 * s**2)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.8])
+def test_symmetric_trace_by_the_coefficients_of_its_function(scale):
+    """Johansson's sum with the Fourier coefficients of (1 - s cos t)^-2, from a transform."""
+    t = torch.arange(512, dtype=torch.float64) * (2 * math.pi / 512)
+    a = torch.fft.rfft((1 - scale * t.cos()) ** -2).real / 256
+    total = math.sqrt(float((torch.arange(257) * a**2).sum()) / 2)
+    m1 = theory.variance("symmetric", scale)
+    assert float(a[0]) / 2 != pytest.approx(m1)  # the mean over t is that of the arcsine law
+    assert theory.trace_variation("symmetric", scale, 1) == pytest.approx(total / m1, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_variation_is_that_of_the_direction_and_of_the_trace(name):
+    for s, d in ((0.6, 3), (0.9, 100)):
+        m1, m2 = theory.variance(name, s), theory.fourth_moment(name, s)
+        direction = 2 * (m2 / m1**2 - 1) / (d + 2)
+        both = direction + theory.trace_variation(name, s, d) ** 2
+        assert theory.variation(name, s, d) ** 2 == pytest.approx(both, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -153,7 +174,7 @@ def test_boundaries():
     assert circle.abs().tolist() == pytest.approx([0.7] * 9)
     ends = theory.eigenvalue_boundary("symmetric", 0.7, 2)
     assert ends.tolist() == [-0.7, 0.7]
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="points must be an integer >= 2"):
         theory.eigenvalue_boundary("dense", 0.7, 1)
 
 
@@ -170,7 +191,34 @@ def test_conventions(name):
 
 
 def test_width_that_predictions_need():
-    at = {name: theory.effective_width(name, 0.9, 256) for name in WEIGHTS}
-    assert at["dense"] < 10 < 20 < at["symmetric"] < at["orthogonal"]
-    with pytest.raises(ValueError, match="positive integer"):
+    at = {name: theory.effective_width(name, 0.6, 100) for name in WEIGHTS}
+    assert at == pytest.approx({"dense": 100 * 0.8**4, "orthogonal": 64, "symmetric": 51.2})
+    with pytest.raises(ValueError, match="features must be an integer >= 1"):
         theory.variation("dense", 0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: theory.variance("dense", "0.9"), "scale must be a real number"),
+        (lambda: theory.weight_norm("dense", None), "scale must be a real number"),
+        (lambda: theory.eigenvalue_density("dense", 1j, torch.zeros(2)), "scale must be"),
+        (lambda: theory.variation("dense", torch.zeros(2), 9), "scale must be a real number"),
+        (lambda: theory.equilibrium("dense", "tanh", 0.9, "1"), "injection_variance must be"),
+        (lambda: theory.eigenvalue_density("dense", 0.9, [0.1]), "tensor of points, not list"),
+    ],
+    ids=["text", "none", "complex", "tensor", "injection", "points"],
+)
+def test_what_is_no_number(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_numbers_of_other_libraries():
+    assert theory.variation("dense", np.float32(0.5), np.int64(256)) == theory.variation(
+        "dense", 0.5, 256
+    )
+    assert theory.variance("dense", torch.tensor(0.5)) == theory.variance("dense", 0.5)
+    for features in (256.0, True):
+        with pytest.raises(ValueError, match="features must be an integer"):
+            theory.variation("dense", 0.5, features)

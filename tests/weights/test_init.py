@@ -34,11 +34,11 @@ def drawn(family, **options):
 DEVIATION = 5 * math.sqrt(2 / (D * (D - 1) / 2))
 
 
-@pytest.mark.parametrize("convention", ["radius", "variance"])
+@pytest.mark.parametrize("convention", ["spectral_radius", "variance"])
 @families
 def test_mean_squares(family, convention):
     w = drawn(family, convention=convention)
-    halved = family == "symmetric" and convention == "radius"
+    halved = family == "symmetric" and convention == "spectral_radius"
     expected = SCALE**2 / D / (4 if halved else 1)
     off = w[~torch.eye(D, dtype=torch.bool)]
     # An orthogonal one misses the diagonal here: d of d^2 entries, of twice the mean at most.

@@ -83,6 +83,8 @@ def test_weight_modules_take_their_own_family_at_another_scale(family):
     if family == "orthogonal":
         close(w @ w.T, 0.64 * torch.eye(64), 1e-5)
         assert cell.weight.norm_bound() == 0.8
+        raw = cell.weight.weight.detach()  # perfectly conditioned, and of size 1 for the optimiser
+        close(raw @ raw.T, torch.eye(64), 1e-5)
     copied = AffineCell(3, 64, weight=family, scale=0.3)
     copied.load_state_dict(cell.state_dict())
     assert torch.equal(copied.recurrent_weight(), w)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..solution import Solution, Status
 from .estimate import Estimate
+from .solution import Solution, Status
 
 _WIDTH = 79
 _SHOWN = 8  # parameters in the table
