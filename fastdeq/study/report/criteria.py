@@ -131,12 +131,13 @@ def _reference(runs: pd.DataFrame, margin: float) -> pd.Series:
     harder than others: the median of the seed's deviations from the medians of the cells that come
     near that best one. A median, so that neither one lucky run nor some that failed move it.
     """
-    accuracy = runs["test_accuracy"]
+    # A run that failed counts as one that learned nothing, so that a lucky rest sets no bar.
+    accuracy = runs["test_accuracy"].fillna(0.0)
     cells = [runs[name] for name in (*_REFERENCE, "regime", "weight", "scale")]
     median = accuracy.groupby(cells).transform("median")
     settings = [runs[name] for name in _REFERENCE]
     best = median.groupby(settings).transform("max")
-    apart = (accuracy - median).where(median >= best - margin)
+    apart = (runs["test_accuracy"] - median).where(median >= best - margin)
     seeds = apart.groupby([*settings, runs["seed"]])
     of_seed = seeds.transform("median").where(seeds.transform("count") >= _FEWEST_CELLS, 0.0)
     return best + of_seed

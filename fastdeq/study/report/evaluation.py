@@ -7,7 +7,7 @@ from functools import cached_property
 import pandas as pd
 
 from .criteria import ORDER, SETTING, Criteria, judge, ordered
-from .stability import seed_ranges, stable_ranges
+from .stability import differences, seed_ranges, stable_ranges
 
 SOLVER_WORDS = {
     "picard": "plain iteration",
@@ -36,6 +36,7 @@ class Evaluation:
         self.initial = initial
         self._ranges: dict[tuple[str, str], pd.DataFrame] = {}
         self._tables: dict[tuple[str, str], pd.DataFrame] = {}
+        self._differences: dict[tuple[str, ...], pd.DataFrame] = {}
 
     def ranges(
         self, criterion: str = "stable", convention: str = "spectral_radius"
@@ -52,6 +53,20 @@ class Evaluation:
         if key not in self._tables:
             self._tables[key] = stable_ranges(self.ranges(*key), self.criteria)
         return self._tables[key]
+
+    def differences(
+        self,
+        axis: str,
+        first: str,
+        second: str,
+        criterion: str = "stable",
+        convention: str = "spectral_radius",
+    ) -> pd.DataFrame:
+        """Pairs of ranges, see :func:`fastdeq.study.report.stability.differences`."""
+        key = (axis, first, second, criterion, convention)
+        if key not in self._differences:
+            self._differences[key] = differences(self.judged, *key)
+        return self._differences[key]
 
     def values(self, column: str, runs: pd.DataFrame | None = None) -> list[str]:
         """What a column of the setting takes, in the order in which it is shown."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .criteria import SETTING, arranged
 from .evaluation import REGIME_WORDS, SOLVER_WORDS, Evaluation, where
-from .stability import differences, median_interval, scales
+from .stability import median_interval, scales
 
 SUPPORT, CONTRADICT, EQUAL, UNDECIDED = "supported", "contradicted", "no difference", "undecided"
 VERDICTS = (SUPPORT, CONTRADICT, EQUAL, UNDECIDED)
@@ -73,9 +73,9 @@ def compare(
         The other keys, ``pairs``, ``width``, ``low``, ``high`` (octaves), ``verdict``, ``words``.
     """
     keys = [k for k in (*SETTING, "weight") if k != axis]
-    ranges = evaluation.ranges(criterion, convention)
+    found = evaluation.differences(axis, first, second, criterion, convention)
     criteria, rows = evaluation.criteria, []
-    for key, group in differences(ranges, axis, first, second).groupby(keys, sort=False):
+    for key, group in found.groupby(keys, sort=False):
         width, low, high = median_interval(group["width"], criteria)
         unseen = float(group["unseen"].mean())
         empty = bool((group["empty_a"] & group["empty_b"]).mean() > 0.5)
