@@ -242,6 +242,13 @@ def test_summary_marks_the_ends_of_the_grid_and_empty_ranges():
     assert "≥ 8 [≥ 8, ≥ 8]" in text
 
 
+def test_summary_shows_that_some_seeds_have_no_range():
+    """Brackets with words in them are markup to rich."""
+    runs = study_tables.training({"dense": 0.0}, regimes=("initialised",))
+    runs.loc[runs.seed == 0, "test_accuracy"] = 0.5
+    assert "1 [none, 1]" in printed(runs)
+
+
 def test_summary_of_one_seed_has_no_interval():
     assert "[1" not in printed(study_tables.training(seeds=[3]))
 

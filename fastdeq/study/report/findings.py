@@ -14,7 +14,7 @@ from .stability import median_interval, scales
 
 SUPPORT, CONTRADICT, EQUAL, UNDECIDED = "supported", "contradicted", "no difference", "undecided"
 VERDICTS = (SUPPORT, CONTRADICT, EQUAL, UNDECIDED)
-_MEASURE = {"spectral_radius": "", "variance": " at equal entry variance"}
+MEASURE = {"spectral_radius": "", "variance": " at equal entry variance"}
 
 
 @dataclass(frozen=True)
@@ -101,31 +101,10 @@ def families(
             edge = {r.weight: scales(r) for r in here.itertuples()}
             yield Finding(
                 f"{_setting(row)}: {family} weights train stably {_up_to(edge[family])}, "
-                f"dense weights {_up_to(edge['dense'])}{_MEASURE[convention]}; "
+                f"dense weights {_up_to(edge['dense'])}{MEASURE[convention]}; "
                 f"{_wider(row)}: {row.words}.",
                 row.verdict,
             )
-
-
-def tally(
-    evaluation: Evaluation, convention: str = "spectral_radius", regime: str = ""
-) -> Iterator[Finding]:
-    """How often a family has a broader range than dense weights, over the settings of a regime."""
-    place = f" ({REGIME_WORDS[regime]})" if regime else ""
-    for family in ("orthogonal", "symmetric"):
-        found = compare(evaluation, "weight", "dense", family, convention)
-        found = where(found, regime=regime) if regime else found
-        if len(found) < 2:
-            continue
-        counts = found["verdict"].value_counts()
-        shares = [f"{v} in {counts[v]}" for v in VERDICTS if v in counts]
-        text = (
-            f"“{family.capitalize()} weights train stably over a broader range of scales than "
-            f"dense ones{_MEASURE[convention]}”{place}: {listed(shares)} of {len(found)} settings; "
-            f"the range is wider by {octaves_of(float(found['width'].median()))} in the median "
-            "over settings."
-        )
-        yield Finding(text, _overall(counts, len(found)))
 
 
 def comparisons(evaluation: Evaluation, convention: str = "spectral_radius") -> Grid:
@@ -140,18 +119,9 @@ def comparisons(evaluation: Evaluation, convention: str = "spectral_radius") -> 
             rows.append(
                 [family, *setting, edge[family], edge["dense"], _interval(row), row.verdict]
             )
-    title = f"All comparisons with dense weights{_MEASURE[convention]}"
+    title = f"All comparisons with dense weights{MEASURE[convention]}"
     columns = ["weight", *SETTING, "up to", "dense up to", "wider by (octaves)", "“broader” is"]
     return Grid(title, columns, rows)
-
-
-def _overall(counts: pd.Series, settings: int) -> str:
-    """A verdict for all settings: that of more than half of them, unless some say the opposite."""
-    top = str(counts.idxmax())
-    opposite = {SUPPORT: CONTRADICT, CONTRADICT: SUPPORT}.get(top)
-    if 2 * counts.max() <= settings or (opposite in counts):
-        return "mixed"
-    return top
 
 
 def _setting(row: object) -> str:

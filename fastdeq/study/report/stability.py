@@ -4,8 +4,8 @@ A range lives on the grid of the scales that were run: its edges are the first a
 scale of an unbroken row. Where a seed has no stable scale at all, both edges are set so that the
 width is minus one grid step, which puts it below every range that exists.
 
-Two ranges are compared on the scales that were run for both: on a finer or longer grid a range can end
-further out, and a gap be seen that the other grid cannot show.
+Two ranges are compared on the scales that were run for both: on a finer or longer grid a range can
+end further out, and a gap be seen that the other grid cannot show.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import numpy as np
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from .criteria import CONVENTIONS, SETTING, Criteria, arranged, judge
 
@@ -41,7 +42,7 @@ def seed_ranges(
 
 
 def _points(judged: pd.DataFrame, criterion: str, convention: str) -> pd.DataFrame:
-    """A row per setting, weight, seed and scale: ``log`` of the scale, ``good`` and ``accuracy``."""
+    """A row per setting, weight, seed and ``log`` of the scale: ``good`` and ``accuracy``."""
     runs = judged.assign(log=np.log2(judged[CONVENTIONS[convention]].astype(float)).round(6))
     grouped = runs.groupby([*_KEYS, "log"], sort=True)
     return grouped.agg(good=(criterion, "all"), accuracy=("test_accuracy", "min")).reset_index()
@@ -193,7 +194,9 @@ def summary(training: pd.DataFrame, criteria: Criteria | None = None) -> Table:
         head = f"{task} {activation}\n{regime}, {solver},\n{gradient}"
         for i, row in enumerate(group.itertuples()):
             line = head.split("\n")[i] if i < 3 else ""
-            shown.add_row(line, row.weight, scales(row), octaves(row), str(row.seeds))
+            # Text: "[none, 1]" would be read as markup.
+            cells = [Text(scales(row)), Text(octaves(row))]
+            shown.add_row(line, row.weight, *cells, str(row.seeds))
         for line in head.split("\n")[len(group) :]:
             shown.add_row(line)
         shown.add_section()
