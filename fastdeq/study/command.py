@@ -105,7 +105,7 @@ def perform(
     store = Store(out)
     requested = jobs_of(study)
     if "mnist" in study.tasks and study.mnist is not None:
-        mnist(study.mnist)  # a file that is missing is said now
+        store.check_data("mnist", mnist(study.mnist).fingerprint)  # says what is missing now
     missing = [job for job in requested if not store.has(job.part, job.key)]
     console = console or Console(stderr=True)
     kept = len(requested) - len(missing)

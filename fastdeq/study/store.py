@@ -45,6 +45,22 @@ class Store:
     def put(self, part: str, key: str, row: dict[str, Any]) -> None:
         _write_text(self.folder / part / f"{key}.json", json.dumps(row))
 
+    def check_data(self, name: str, fingerprint: str) -> None:
+        """Remembers what data the runs of a task are on.
+
+        Raises:
+            ValueError: the folder holds runs on other data.
+        """
+        path = self.folder / f"{name}.sha256"
+        known = path.read_text() if path.exists() else fingerprint
+        if known != fingerprint:
+            raise ValueError(
+                f"{self.folder} holds runs on other data for the task {name!r}: choose another "
+                "folder for the study."
+            )
+        if not path.exists():
+            _write_text(path, fingerprint)
+
     def table(self, part: str, keys: Iterable[str]) -> pd.DataFrame:
         """The rows of these runs, those that are there, in this order."""
         rows = (self._row(part, key) for key in keys)

@@ -60,7 +60,7 @@ class Criteria:
             "below the best median over seeds that any family reaches at any scale with the same "
             "task, activation, solver and gradient, on data as hard as those of its seed: seeds "
             "split the data differently, and the bar is moved by how far the seed's runs deviate, "
-            "in the median, from the medians over seeds, and by no more than those percentage points.",
+            "in the median, from the medians over seeds, and by no more than as many points.",
             f"A run is stable if it learns, if at least {self.converged:.0%} of its forward solves "
             "(and of its backward solves, where the gradient is implicit) met the tolerance in "
             "training, and if no update was left out, no loss was infinite or NaN and no error "

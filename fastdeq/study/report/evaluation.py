@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import pandas as pd
@@ -84,6 +85,12 @@ class Evaluation:
             chosen[column] = preferred if preferred in options else options[0]
             runs = runs[runs[column] == chosen[column]]
         return {column: chosen[column] for column in SETTING} if chosen else {}
+
+    def combinations(self, table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """The combinations of values that a table has, in the order in which they are shown."""
+        present = set(table[list(columns)].itertuples(index=False, name=None))
+        places = [self.values(c, table) for c in columns]
+        return sorted(present, key=lambda k: [p.index(v) for p, v in zip(places, k, strict=True)])
 
     def select(self, **setting: str) -> pd.DataFrame:
         """The judged runs with these values."""
