@@ -63,6 +63,18 @@ def test_the_grid_of_the_default_holds_the_double_of_each_scale_up_to_2():
     assert {2 * s for s in Study().images.scales} <= radii
 
 
+def test_each_task_has_the_settings_of_its_model():
+    study = dataclasses.replace(quick(), tasks=["digits", "characters"], seeds=1)
+    found = {run.task: (run.features, run.activation, run.optimizer) for run in study.runs()}
+    assert found == {"digits": (64, "tanh", "sgd"), "characters": (32, "gelu", "adam")}
+
+
+@pytest.mark.parametrize(("activation", "scales"), [("identity", {0.9}), ("tanh", {0.9, 1.0, 1.2})])
+def test_a_linear_cell_is_drawn_where_it_has_an_equilibrium(activation, scales):
+    initial = Initial(scales=[0.9, 1.0, 1.2], activations=[activation])
+    assert {e.scale for e in dataclasses.replace(ONE, initial=initial).ensembles()} == scales
+
+
 def test_the_first_seed_keeps_spectra():
     assert {run.seed for run in ONE.runs() if run.spectra} == {0}
 

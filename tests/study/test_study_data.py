@@ -134,3 +134,12 @@ def test_a_study_on_other_data_of_the_same_form_needs_another_folder(tmp_path):
     Store(tmp_path / "study").check_data("mnist", folders[1])
     with pytest.raises(ValueError, match="other data for the task 'mnist'"):
         store.check_data("mnist", folders[2])
+
+
+def test_pixels_have_unit_deviation_and_nearly_blank_ones_no_more():
+    data = study.digits()
+    deviations = data.x_train.std(0, unbiased=False)
+    assert (deviations <= 1 + 1e-5).all()
+    # Of 64 pixels a few are nearly blank; the floor is far below the deviation of the others.
+    assert (deviations > 1 - 1e-5).sum() > 45
+    assert data.x_test.abs().max() < 1 / 0.05
