@@ -9,6 +9,7 @@ import study_tables
 pytest.importorskip("matplotlib")
 
 from fastdeq.study.report.draws import agreement, spread, statistics, unsolved
+from fastdeq.study.report.predictions import predict
 
 
 def test_bars_hold_nine_tenths_of_the_draws():
@@ -52,3 +53,8 @@ def test_the_cell_with_the_fewest_equilibria_is_named():
     text = next(unsolved(initial)).text
     assert "In 2 of 2 cells" in text
     assert "at scale 0.7: 50%" in text
+
+
+def test_there_is_no_prediction_where_the_mean_field_is_unstable():
+    assert predict("length", "dense", 0.5, "tanh", 1.0) is not None
+    assert predict("length", "dense", 2.5, "tanh", 1.0) is None

@@ -33,8 +33,8 @@ def test_settings_are_counted_by_their_verdicts():
         mixed_edges, activations=("tanh", "relu", "hardtanh")
     )
     assert (
-        "of 6 settings, the stable range is broader in 2 and narrower in 2; 2 show no difference "
-        "and 0 stay undecided. The median change is 0 octaves." in orthogonal.text
+        "at equal spectral radius: the stable range is broader in 2, narrower in 2, not different "
+        "in 2 and undecided in 0 of 6 settings. The median change is 0 octaves." in orthogonal.text
     )
     assert orthogonal.verdict == "mixed"
     assert symmetric.verdict == SUPPORT

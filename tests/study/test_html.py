@@ -77,7 +77,7 @@ def test_everything_is_on_the_page(full):
     assert "images.tol" in body
     # What decides stands before the first picture: sentences, and the table that counts.
     lead = text[: text.index("<img")]
-    assert "of 4 settings, the stable range is broader in 4 and narrower in 0" in lead
+    assert "the stable range is broader in 4, narrower in 0, not different in 0" in lead
     assert "would still be decided by chance" in lead
     assert '<th scope="col">narrower</th>' in lead
     assert lead.count("<li") == 5

@@ -14,7 +14,7 @@ from .stability import median_interval, scales
 
 SUPPORT, CONTRADICT, EQUAL, UNDECIDED = "supported", "contradicted", "no difference", "undecided"
 VERDICTS = (SUPPORT, CONTRADICT, EQUAL, UNDECIDED)
-MEASURE = {"spectral_radius": "", "variance": " at equal entry variance"}
+_MEASURE = {"spectral_radius": "", "variance": " at equal entry variance"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def families(
             edge = {r.weight: scales(r) for r in here.itertuples()}
             yield Finding(
                 f"{_setting(row)}: {family} weights train stably {_up_to(edge[family])}, "
-                f"dense weights {_up_to(edge['dense'])}{MEASURE[convention]}; "
+                f"dense weights {_up_to(edge['dense'])}{_MEASURE[convention]}; "
                 f"{_wider(row)}: {row.words}.",
                 row.verdict,
             )
@@ -119,7 +119,7 @@ def comparisons(evaluation: Evaluation, convention: str = "spectral_radius") -> 
             rows.append(
                 [family, *setting, edge[family], edge["dense"], _interval(row), row.verdict]
             )
-    title = f"All comparisons with dense weights{MEASURE[convention]}"
+    title = f"All comparisons with dense weights{_MEASURE[convention]}"
     columns = ["weight", *SETTING, "up to", "dense up to", "wider by (octaves)", "“broader” is"]
     return Grid(title, columns, rows)
 

@@ -13,7 +13,6 @@ from .evaluation import REGIME_WORDS, Evaluation
 from .findings import (
     CONTRADICT,
     EQUAL,
-    MEASURE,
     SUPPORT,
     UNDECIDED,
     Finding,
@@ -82,9 +81,9 @@ def _sentence(family: str, convention: str, table: pd.DataFrame) -> Finding:
     change = octaves_of(float(table["width"].median()), plus=True)
     many = f"{len(table)} setting" + ("s" if len(table) > 1 else "")
     return Finding(
-        f"{family.capitalize()} weights against dense ones{MEASURE[convention]}: of {many}, the "
-        f"stable range is broader in {counts[SUPPORT]} and narrower in {counts[CONTRADICT]}; "
-        f"{counts[EQUAL]} show no difference and {counts[UNDECIDED]} stay undecided. The median "
+        f"{family.capitalize()} weights against dense ones at equal {_EQUAL_WORDS[convention]}: the "
+        f"stable range is broader in {counts[SUPPORT]}, narrower in {counts[CONTRADICT]}, not "
+        f"different in {counts[EQUAL]} and undecided in {counts[UNDECIDED]} of {many}. The median "
         f"change is {change}.",
         overall(counts),
     )
