@@ -86,8 +86,10 @@ def report_shape(
 
 def main() -> None:
     if sys.argv[1:2] == ["study"]:
-        from .study.command import main as study  # needs fastdeq[study], and has its own options
-
+        try:
+            from .study.command import main as study  # has its own options
+        except ImportError as error:  # a package of fastdeq[study] is missing: it says which
+            sys.exit(f"python -m fastdeq study: {error}")
         sys.exit(study(sys.argv[2:]))
     parser = _parser()
     given = vars(parser.parse_args())

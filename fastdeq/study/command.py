@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -34,34 +35,44 @@ INTERRUPTED = 130  # what a shell calls an exit by Ctrl-C
 
 def parser(defaults: Study) -> ArgumentParser:
     """Options for every setting of a study, nested ones as ``--images.epochs``."""
-    made = ArgumentParser(
+    options = ArgumentParser(
         prog="python -m fastdeq study",
+        usage="python -m fastdeq study [options]",  # all of them would fill a screen
         description="The initialisation study: families and scales of weights, trained on real "
         "data. An interrupted study continues with the same command.",
         allow_abbrev=False,
     )
-    made.add_argument("--config", action="config", help="settings from a file (YAML or JSON)")
-    made.add_argument("--quick", action="store_true", help="a small study: within three minutes")
-    made.add_argument("--out", type=str, default="study", help="folder of runs and report")
-    made.add_argument("--jobs", type=int, default=-1, help="processes; -1: one for each core")
-    made.add_argument(
+    options.add_argument("--config", action="config", help="settings from a file (YAML or JSON)")
+    options.add_argument("--quick", action="store_true", help="a small study: within three minutes")
+    options.add_argument("--out", type=str, default="study", help="folder of runs and report")
+    options.add_argument("--jobs", type=int, default=-1, help="processes; -1: one for each core")
+    options.add_argument(
         "--scheduler", type=str | None, default=None, help="address of a dask scheduler"
     )
-    made.add_argument("--dry_run", action="store_true", help="say what would be run, and stop")
-    made.add_class_arguments(Study, None)
-    made.set_defaults(asdict(defaults))
-    return made
+    options.add_argument("--dry_run", action="store_true", help="say what would be run, and stop")
+    options.add_class_arguments(Study, None)
+    options.set_defaults(asdict(defaults))
+    return options
 
 
 def study_from(arguments: Sequence[str]) -> tuple[Study, Any]:
-    """The study that a command line asks for, and the other options."""
-    made = parser(quick() if "--quick" in arguments else Study())
-    given = made.parse_args(list(arguments))
-    options = made.instantiate(given)
+    """The study that a command line asks for, and the other options.
+
+    Raises:
+        SystemExit: with status 2, after a message about options that do not fit.
+    """
+    reader = parser(quick() if "--quick" in arguments else Study())
+    given = reader.parse_args(list(arguments))
+    if given.quick and "--quick" not in arguments:  # in a file
+        reader = parser(quick())
+        given = reader.parse_args(list(arguments))
+    options = reader.instantiate(given)
+    if options.jobs == 0:
+        reader.error("--jobs must be a number of processes, or -1: one for each core.")
     try:
         study = Study(**{f.name: getattr(options, f.name) for f in fields(Study)})
     except ValueError as error:
-        made.error(str(error))
+        reader.error(str(error))
     return study, options
 
 
@@ -78,29 +89,34 @@ def perform(
 
     Args:
         study: the settings.
-        out: folder; runs that it holds already are not made again, those that failed are.
+        out: folder; runs that it holds already are not repeated, those that failed are.
         jobs: processes, -1: one for each core.
         scheduler: address of a dask scheduler that is to run them instead.
         console: for progress; None: the standard error.
 
     Returns:
         The tables of training runs and of statistics at initialisation, in the study's order.
+
+    Raises:
+        OSError: the folder cannot be written to, a file of MNIST is not there, or no scheduler
+            answers at the address. ValueError: as for :func:`fastdeq.study.mnist`. ImportError: a
+            scheduler without dask.
     """
     store = Store(out)
-    wanted = jobs_of(study)
-    if study.mnist is not None:
-        mnist(study.mnist)  # a file that is missing is said now
-    missing = [job for job in wanted if not store.has(job.part, job.key)]
+    requested = jobs_of(study)
+    if "mnist" in study.tasks and study.mnist is not None:
+        store.check_data("mnist", mnist(study.mnist).fingerprint)  # says what is missing now
+    missing = [job for job in requested if not store.has(job.part, job.key)]
     console = console or Console(stderr=True)
-    kept = len(wanted) - len(missing)
+    kept = len(requested) - len(missing)
     if kept:
-        console.print(f"{kept} of {len(wanted)} runs are there already")
+        console.print(f"{kept} of {len(requested)} runs are there already")
     with _Shown(len(missing), console) as shown:
         for job, row in run_all(missing, jobs, scheduler):
             store.put(job.part, job.key, row)
             shown.advance(job)
     tables = [
-        store.table(part, [job.key for job in wanted if job.part == part])
+        store.table(part, [job.key for job in requested if job.part == part])
         for part in ("runs", "initial")
     ]
     store.write_tables(asdict(study), *tables)
@@ -151,30 +167,38 @@ class _Shown:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """The command; returns its exit status: 0, 1 after an error that it names, or 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     study, options = study_from(arguments)
-    console = Console()
-    wanted = jobs_of(study)
-    training = sum(job.part == "runs" for job in wanted)
+    console = Console(markup=False)  # paths and errors may hold brackets
+    requested = jobs_of(study)
+    training = sum(job.part == "runs" for job in requested)
     console.print(
-        f"{training} training runs and {len(wanted) - training} sets of draws, in {options.out}"
+        f"{training} training runs and {len(requested) - training} sets of draws, in {options.out}"
     )
     if options.dry_run:
         return 0
-    begin = time.perf_counter()
     try:
-        tables = perform(
-            study, options.out, jobs=options.jobs, scheduler=options.scheduler, console=console
-        )
+        _run(study, options, arguments, console)
     except KeyboardInterrupt:
         kept = Store(options.out)
-        done = sum(kept.has(job.part, job.key) for job in wanted)
+        done = sum(kept.has(job.part, job.key) for job in requested)
         console.print(
-            f"Interrupted: {done} of {len(wanted)} runs are kept in {options.out}; the same "
+            f"Interrupted: {done} of {len(requested)} runs are kept in {options.out}; the same "
             "command continues."
         )
         return INTERRUPTED
+    except (OSError, ValueError, ImportError, BrokenExecutor) as error:
+        Console(stderr=True, markup=False).print(_explained(error, options), soft_wrap=True)
+        return 1
+    return 0
+
+
+def _run(study: Study, options: Any, arguments: Sequence[str], console: Console) -> None:
+    begin = time.perf_counter()
+    tables = perform(
+        study, options.out, jobs=options.jobs, scheduler=options.scheduler, console=console
+    )
     for part, table in zip(("training", "initial"), tables, strict=True):
         failed = int((table["error"] != "").sum()) if len(table) else 0
         if failed:
@@ -185,4 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(summary(tables[0]))
     page = write_report(*tables, settings, machine(), Path(options.out))
     console.print(f"Report: {page}", soft_wrap=True)
-    return 0
+
+
+def _explained(error: Exception, options: Any) -> str:
+    """What happened and what helps, instead of a traceback."""
+    lines = [f"python -m fastdeq study: {type(error).__name__}: {error}"]
+    if isinstance(error, BrokenExecutor):
+        lines.append("A process was ended from outside, often for want of memory: fewer --jobs.")
+    elif options.scheduler is not None:
+        lines.append(f"Is there a dask scheduler at {options.scheduler}?")
+    lines.append("Finished runs are kept; the same command continues.")
+    return "\n".join(lines)

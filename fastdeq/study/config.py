@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..activations import ACTIVATIONS
 from ..errors import check_choice
 from ..gradients import Phantom
+from ..options import Options
 from ..weights import WEIGHTS
 
 TaskName = Literal["digits", "mnist", "characters"]
@@ -26,7 +27,7 @@ SOLVERS: dict[str, dict[str, str]] = {
     "anderson": {"solver": "anderson", "adjoint": "anderson"},
     "auto": {"solver": "auto", "adjoint": "auto"},
 }
-_FORMAT = 1  # changes when the same settings would come to other numbers
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Config:
     says whether eigenvalues are kept, of W and of the Jacobian.
 
     Raises:
-        ValueError: an unknown name, sizes below 1, or a scale or rate that is not positive.
+        ValueError: an unknown name, sizes below 1, a scale or rate that is not positive, or options
+            of the solve that :class:`fastdeq.DEQLayer` refuses.
     """
 
     weight: str
@@ -76,6 +78,10 @@ class Config:
                 raise ValueError(f"{name} must be positive and finite, got {value!r}.")
         if not self.max_gradient > 0:
             raise ValueError(f"max_gradient must be positive, got {self.max_gradient!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}.")
+        Options(**self.solve_options)
+        as_floats(self)
 
     @property
     def solve_options(self) -> dict[str, Any]:
@@ -106,5 +112,18 @@ class Config:
     @property
     def key(self) -> str:
         """A name for the run, the same for the same settings on any machine."""
-        settings = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
-        return hashlib.sha256(settings.encode()).hexdigest()[:20]
+        return key_of(_FORMAT, self)
+
+
+def key_of(form: int, settings: Any) -> str:
+    """A hash of the fields of a dataclass, and of ``form``: it changes when the same settings would
+    come to other numbers."""
+    text = json.dumps([form, asdict(settings)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def as_floats(settings: Any) -> None:
+    """Whole numbers in fields of real ones become floats: 1 and 1.0 are one setting, of one key."""
+    for field in fields(settings):
+        if field.type == "float":
+            object.__setattr__(settings, field.name, float(getattr(settings, field.name)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS, Activation
 from ..errors import check_choice
 from ..weights import WEIGHTS
+from .config import as_floats, key_of
 
 _FORMAT = 1
 _STEPS, _TOL = 2000, 1e-10  # of the solve for one draw
@@ -45,6 +44,7 @@ class Ensemble:
             if not 0 < getattr(self, name) < math.inf:
                 value = getattr(self, name)
                 raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+        as_floats(self)
 
     @property
     def entry_scale(self) -> float:
@@ -52,8 +52,7 @@ class Ensemble:
 
     @property
     def key(self) -> str:
-        settings = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
-        return hashlib.sha256(settings.encode()).hexdigest()[:20]
+        return key_of(_FORMAT, self)
 
 
 def measure(ensemble: Ensemble) -> dict[str, list[Any]]:

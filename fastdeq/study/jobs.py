@@ -42,7 +42,8 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Of the settings and, of a text, its windows. MNIST is taken to be MNIST in any folder."""
+        """Of the settings and, of a text, its windows. MNIST is the same in any
+        folder; a study's folder refuses other data of its form."""
         if isinstance(self.what, Config) and self.what.task == "characters":
             return f"{self.what.key}-{self.context}x{self.windows}"
         return self.what.key

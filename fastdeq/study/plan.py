@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from ..activations import ActivationName
 from ..errors import check_choice
 from ..weights import WEIGHTS, WeightName
 from .config import GRADIENTS, SOLVERS, TASKS, Config, OptimizerName, TaskName
 from .ensemble import Ensemble
+from .text import check_windows
+from .transformer import check_width
 
 Convention = Literal["spectral_radius", "variance"]
 Regime = Literal["initialised", "kept"]
@@ -135,7 +137,8 @@ class Study:
         initial: of the statistics at initialisation.
 
     Raises:
-        ValueError: an unknown name, with the valid ones; no seed; MNIST without its folder.
+        ValueError: an unknown name, with the valid ones; a value that is listed twice; no seed;
+            MNIST without its folder; settings that do not fit a run.
     """
 
     tasks: list[TaskName] = field(default_factory=lambda: ["digits", "characters"])
@@ -152,13 +155,18 @@ class Study:
         for name, valid in _CHOICES.items():
             for given in getattr(self, name):
                 check_choice(given, valid, name)
-        for part in (self.images, self.characters):
-            for given in part.methods:
+        for name, part in _parts(self):
+            for given in getattr(part, "methods", []):
                 check_choice(given, _METHOD_NAMES, "methods")
+            for field_ in fields(part):
+                _check_distinct(f"{name}{field_.name}", getattr(part, field_.name))
         if self.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {self.seeds}.")
         if "mnist" in self.tasks and self.mnist is None:
             raise ValueError('the task "mnist" needs mnist=<folder with the four IDX files>.')
+        if "characters" in self.tasks:
+            check_width(self.characters.features)
+            check_windows(self.characters.context, self.characters.windows)
         list(self.runs())  # a setting that does not fit a run is said before the first one
         list(self.ensembles())
 
@@ -217,6 +225,19 @@ class Study:
         if "variance" in self.conventions:
             radii |= {2 * s if weight == "symmetric" else s for s in scales}
         return sorted(radii)
+
+
+def _parts(study: Study) -> list[tuple[str, Any]]:
+    """The study and its parts, each with what stands before the names of its settings."""
+    nested = ("images", "characters", "initial")
+    return [("", study), *((f"{name}.", getattr(study, name)) for name in nested)]
+
+
+def _check_distinct(name: str, values: Any) -> None:
+    """Else the same run would be asked for twice, and counted twice."""
+    twice = [v for i, v in enumerate(values) if v in values[:i]] if isinstance(values, list) else []
+    if twice:
+        raise ValueError(f"{name} lists {twice[0]!r} twice: each value makes its own runs.")
 
 
 def quick() -> Study:

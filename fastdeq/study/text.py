@@ -27,6 +27,15 @@ def library(seed: int = 0) -> tuple[Tensor, Tensor]:
     return tuple(torch.frombuffer(t, dtype=torch.uint8).long() for t in (train, test))  # type: ignore[return-value]
 
 
+def check_windows(context: int, windows: int, test_windows: int = 1) -> None:
+    """Raises ValueError for sizes below 1."""
+    if min(context, windows, test_windows) < 1:
+        raise ValueError(
+            f"context, windows and test_windows must be >= 1, got {context}, {windows} and "
+            f"{test_windows}."
+        )
+
+
 def characters(
     seed: int = 0, *, context: int = 32, windows: int = 4096, test_windows: int = 512
 ) -> Dataset:
@@ -44,11 +53,7 @@ def characters(
     Raises:
         ValueError: sizes below 1.
     """
-    if min(context, windows, test_windows) < 1:
-        raise ValueError(
-            f"context, windows and test_windows must be >= 1, got {context}, {windows} and "
-            f"{test_windows}."
-        )
+    check_windows(context, windows, test_windows)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for text, count in zip(library(seed), (windows, test_windows), strict=True):

@@ -16,6 +16,12 @@ from .classifier import recurrent_weight
 _HEADS = 4
 
 
+def check_width(width: int) -> None:
+    """Raises ValueError for a width that the heads cannot share."""
+    if width % _HEADS:
+        raise ValueError(f"width must be a multiple of {_HEADS}, the heads, got {width}.")
+
+
 class SquareLinear(nn.Module):
     """``W h + b`` with a weight of a family; h ``(..., width)``."""
 
@@ -88,8 +94,7 @@ class CharacterTransformer(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        if width % _HEADS:
-            raise ValueError(f"width must be a multiple of {_HEADS}, the heads, got {width}.")
+        check_width(width)
         self.embedding = nn.Embedding(classes, width)
         self.position = nn.Parameter(0.1 * torch.randn(context, width))
         self.recent = nn.Conv1d(width, width, 4)

@@ -75,7 +75,12 @@ def test_everything_is_on_the_page(full):
     assert "the data support a broader range" in body
     assert "python -m fastdeq study --out x" in body
     assert "images.tol" in body
-    assert text.index("up to 2 [2, 2.8]") < text.index("<img")
+    # What decides stands before the first picture: sentences, and the table that counts.
+    lead = text[: text.index("<img")]
+    assert "the stable range is broader in 4, narrower in 0, not different in 0" in lead
+    assert "would still be decided by chance" in lead
+    assert '<th scope="col">narrower</th>' in lead
+    assert lead.count("<li") == 5
 
 
 def test_the_page_needs_nothing_else(full):

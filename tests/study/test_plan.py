@@ -63,6 +63,18 @@ def test_the_grid_of_the_default_holds_the_double_of_each_scale_up_to_2():
     assert {2 * s for s in Study().images.scales} <= radii
 
 
+def test_each_task_has_the_settings_of_its_model():
+    study = dataclasses.replace(quick(), tasks=["digits", "characters"], seeds=1)
+    found = {run.task: (run.features, run.activation, run.optimizer) for run in study.runs()}
+    assert found == {"digits": (64, "tanh", "sgd"), "characters": (32, "gelu", "adam")}
+
+
+@pytest.mark.parametrize(("activation", "scales"), [("identity", {0.9}), ("tanh", {0.9, 1.0, 1.2})])
+def test_a_linear_cell_is_drawn_where_it_has_an_equilibrium(activation, scales):
+    initial = Initial(scales=[0.9, 1.0, 1.2], activations=[activation])
+    assert {e.scale for e in dataclasses.replace(ONE, initial=initial).ensembles()} == scales
+
+
 def test_the_first_seed_keeps_spectra():
     assert {run.seed for run in ONE.runs() if run.spectra} == {0}
 
@@ -153,3 +165,55 @@ def test_errors_of_the_command_line(capsys, arguments, message):
         study_from(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# Settings that mean the same, and settings given twice
+
+
+@pytest.mark.parametrize("name", ["scale", "tol", "learning_rate", "momentum"])
+def test_a_whole_number_is_the_same_setting_as_a_real_one(name):
+    of_int, of_float = (Config(**{"weight": "dense", "scale": 0.5, name: v}) for v in _ONE[name])
+    assert of_int.key == of_float.key
+    assert of_int == of_float
+    assert type(getattr(of_int, name)) is float
+
+
+_ONE = {"scale": (1, 1.0), "tol": (1, 1.0), "learning_rate": (1, 1.0), "momentum": (0, 0.0)}
+
+
+def test_whole_scales_make_the_same_jobs():
+    def keys(whole):
+        return {
+            job.key
+            for job in jobs_of(
+                dataclasses.replace(
+                    ONE,
+                    images=dataclasses.replace(ONE.images, scales=[whole(1), whole(2)]),
+                    initial=dataclasses.replace(
+                        ONE.initial, scales=[whole(2)], activations=["tanh"]
+                    ),
+                )
+            )
+        }
+
+    assert keys(int) == keys(float)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["digits", "digits"]}, "tasks lists 'digits' twice"),
+        ({"regimes": ["kept", "kept"]}, "regimes lists 'kept' twice"),
+        ({"images": Images(scales=[0.5, 1, 1.0])}, r"images.scales lists 1.0 twice"),
+        ({"images": Images(methods=["auto/implicit"] * 2)}, "images.methods lists"),
+        ({"characters": Characters(activations=["gelu", "gelu"])}, "characters.activations lists"),
+        ({"initial": Initial(scales=[0.5, 0.5])}, "initial.scales lists"),
+        ({"images": Images(tol=-1.0)}, "tol"),
+        ({"images": Images(max_iter=0)}, "max_iter"),
+        ({"characters": Characters(features=30)}, "multiple of 4"),
+        ({"characters": Characters(windows=0)}, "windows"),
+    ],
+)
+def test_what_would_fail_or_count_twice_in_every_run_is_said_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        Study(**options)

@@ -184,11 +184,11 @@ def test_the_interval_covers_the_median_about_as_often_as_it_says():
 
 def test_differences_are_paired_by_seed():
     runs = study_tables.training(spread=0.5)
-    found = differences(seed_ranges(judge(runs)), "weight", "dense", "orthogonal")
+    found = differences(judge(runs), "weight", "dense", "orthogonal")
     assert len(found) == 10
     # Unpaired the seeds would spread by half an octave; in pairs they agree.
     assert found.width.to_numpy() == pytest.approx(np.ones(10))
-    back = differences(seed_ranges(judge(runs)), "weight", "orthogonal", "dense")
+    back = differences(judge(runs), "weight", "orthogonal", "dense")
     assert back.width.to_numpy() == pytest.approx(-np.ones(10))
     assert not found.unseen.any()
 
@@ -196,15 +196,14 @@ def test_differences_are_paired_by_seed():
 def test_missing_seeds_leave_no_pair():
     runs = study_tables.training()
     runs = runs[~((runs.weight == "dense") & (runs.seed > 1))]
-    found = differences(seed_ranges(judge(runs)), "weight", "dense", "symmetric")
+    found = differences(judge(runs), "weight", "dense", "symmetric")
     assert sorted(found.seed.unique()) == [0, 1]
 
 
 def test_grids_of_other_length_are_compared_where_both_reach():
     """Entry scales of symmetric weights end an octave earlier: that is not a narrower range."""
     runs = study_tables.training({"dense": 9.0, "symmetric": 9.0})
-    ranges = seed_ranges(judge(runs), convention="variance")
-    found = differences(ranges, "weight", "dense", "symmetric")
+    found = differences(judge(runs), "weight", "dense", "symmetric", convention="variance")
     assert found.upper.to_numpy() == pytest.approx(np.zeros(10))
     assert found.width.to_numpy() == pytest.approx(np.zeros(10))
     assert found.unseen.all()
@@ -215,7 +214,7 @@ def test_solvers_are_compared_within_a_family():
         lambda solver, **_: {"dense": 0.0, "orthogonal": 2.0 if solver == "auto" else 1.0},
         solvers=("picard", "auto"),
     )
-    found = differences(seed_ranges(judge(runs)), "solver", "picard", "auto")
+    found = differences(judge(runs), "solver", "picard", "auto")
     by_weight = found.groupby("weight").upper.median()
     assert by_weight.to_dict() == pytest.approx({"dense": 0, "orthogonal": 1})
 
@@ -241,6 +240,13 @@ def test_summary_marks_the_ends_of_the_grid_and_empty_ranges():
     text = printed(study_tables.training({"dense": -9.0, "orthogonal": 9.0}))
     assert "none" in text
     assert "≥ 8 [≥ 8, ≥ 8]" in text
+
+
+def test_summary_shows_that_some_seeds_have_no_range():
+    """Brackets with words in them are markup to rich."""
+    runs = study_tables.training({"dense": 0.0}, regimes=("initialised",))
+    runs.loc[runs.seed == 0, "test_accuracy"] = 0.5
+    assert "1 [none, 1]" in printed(runs)
 
 
 def test_summary_of_one_seed_has_no_interval():

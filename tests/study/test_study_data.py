@@ -98,3 +98,30 @@ def test_digits_are_split_by_class_and_standardised():
     assert not torch.equal(dataset.x_test, study.digits(seed=4).x_test)
     with pytest.raises(ValueError, match="test_share"):
         study.digits(test_share=1.0)
+
+
+def test_a_study_on_other_data_of_the_same_form_needs_another_folder(tmp_path):
+    """Runs are found by their settings, of which the folder of MNIST is none."""
+    from fastdeq.study.store import Store
+
+    folders = []
+    for name, labels in (("same", None), ("again", None), ("other", [9, 1, 2])):
+        folder = tmp_path / name
+        folder.mkdir()
+        images = None if labels is None else np.zeros((3, 3, 2))
+        write_mnist(folder, images, None if labels is None else np.array(labels))
+        folders.append(study.mnist(folder).fingerprint)
+    store = Store(tmp_path / "study")
+    store.check_data("mnist", folders[0])
+    Store(tmp_path / "study").check_data("mnist", folders[1])
+    with pytest.raises(ValueError, match="other data for the task 'mnist'"):
+        store.check_data("mnist", folders[2])
+
+
+def test_pixels_have_unit_deviation_and_nearly_blank_ones_no_more():
+    data = study.digits()
+    deviations = data.x_train.std(0, unbiased=False)
+    assert (deviations <= 1 + 1e-5).all()
+    # Of 64 pixels a few are nearly blank; the floor is far below the deviation of the others.
+    assert (deviations > 1 - 1e-5).sum() > 45
+    assert data.x_test.abs().max() < 1 / 0.05

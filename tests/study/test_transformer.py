@@ -88,6 +88,13 @@ def test_a_few_steps_learn(text, family):
     assert result.structure_drift is None or result.structure_drift < 1e-4
 
 
+def test_a_character_is_told_by_its_place_as_well():
+    model = CharacterTransformer(128, 16, 12, weight="dense", scale=0.5, tol=1e-6)
+    logits = model(torch.full((1, 12), 65))[0]
+    # Beyond the reach of the convolution only the place differs, and what attention sees of it.
+    assert not torch.allclose(logits[6], logits[7], atol=1e-2)
+
+
 def test_a_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="multiple of 4"):
         CharacterTransformer(128, 30, 8, weight="dense", scale=0.5)

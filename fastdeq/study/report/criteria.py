@@ -60,7 +60,7 @@ class Criteria:
             "below the best median over seeds that any family reaches at any scale with the same "
             "task, activation, solver and gradient, on data as hard as those of its seed: seeds "
             "split the data differently, and the bar is moved by how far the seed's runs deviate, "
-            "in the median, from the medians over seeds.",
+            "in the median, from the medians over seeds, and by no more than as many points.",
             f"A run is stable if it learns, if at least {self.converged:.0%} of its forward solves "
             "(and of its backward solves, where the gradient is implicit) met the tolerance in "
             "training, and if no update was left out, no loss was infinite or NaN and no error "
@@ -129,17 +129,19 @@ def _reference(runs: pd.DataFrame, margin: float) -> pd.Series:
 
     It is the best median over seeds, and what is special of the seed, whose part of the data may be
     harder than others: the median of the seed's deviations from the medians of the cells that come
-    near that best one. A median, so that neither one lucky run nor some that failed move it.
+    near that best one. A median, so that neither one lucky run nor some that failed move it; and no
+    more than the margin, so that a seed of which nearly all runs failed is not called a hard one.
     """
-    accuracy = runs["test_accuracy"]
+    # A run that failed counts as one that learned nothing, so that a lucky rest sets no bar.
+    accuracy = runs["test_accuracy"].fillna(0.0)
     cells = [runs[name] for name in (*_REFERENCE, "regime", "weight", "scale")]
     median = accuracy.groupby(cells).transform("median")
     settings = [runs[name] for name in _REFERENCE]
     best = median.groupby(settings).transform("max")
-    apart = (accuracy - median).where(median >= best - margin)
+    apart = (runs["test_accuracy"] - median).where(median >= best - margin)
     seeds = apart.groupby([*settings, runs["seed"]])
     of_seed = seeds.transform("median").where(seeds.transform("count") >= _FEWEST_CELLS, 0.0)
-    return best + of_seed
+    return best + of_seed.clip(-margin, margin)
 
 
 def _dense_in_both(runs: pd.DataFrame) -> pd.DataFrame:

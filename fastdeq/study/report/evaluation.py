@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import pandas as pd
 
 from .criteria import ORDER, SETTING, Criteria, judge, ordered
-from .stability import seed_ranges, stable_ranges
+from .stability import differences, seed_ranges, stable_ranges
 
 SOLVER_WORDS = {
     "picard": "plain iteration",
@@ -36,6 +37,7 @@ class Evaluation:
         self.initial = initial
         self._ranges: dict[tuple[str, str], pd.DataFrame] = {}
         self._tables: dict[tuple[str, str], pd.DataFrame] = {}
+        self._differences: dict[tuple[str, ...], pd.DataFrame] = {}
 
     def ranges(
         self, criterion: str = "stable", convention: str = "spectral_radius"
@@ -53,6 +55,20 @@ class Evaluation:
             self._tables[key] = stable_ranges(self.ranges(*key), self.criteria)
         return self._tables[key]
 
+    def differences(
+        self,
+        axis: str,
+        first: str,
+        second: str,
+        criterion: str = "stable",
+        convention: str = "spectral_radius",
+    ) -> pd.DataFrame:
+        """Pairs of ranges, see :func:`fastdeq.study.report.stability.differences`."""
+        key = (axis, first, second, criterion, convention)
+        if key not in self._differences:
+            self._differences[key] = differences(self.judged, *key)
+        return self._differences[key]
+
     def values(self, column: str, runs: pd.DataFrame | None = None) -> list[str]:
         """What a column of the setting takes, in the order in which it is shown."""
         return ordered((self.judged if runs is None else runs)[column], ORDER[column])
@@ -69,6 +85,12 @@ class Evaluation:
             chosen[column] = preferred if preferred in options else options[0]
             runs = runs[runs[column] == chosen[column]]
         return {column: chosen[column] for column in SETTING} if chosen else {}
+
+    def combinations(self, table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """The combinations of values that a table has, in the order in which they are shown."""
+        present = set(table[list(columns)].itertuples(index=False, name=None))
+        places = [self.values(c, table) for c in columns]
+        return sorted(present, key=lambda k: [p.index(v) for p, v in zip(places, k, strict=True)])
 
     def select(self, **setting: str) -> pd.DataFrame:
         """The judged runs with these values."""

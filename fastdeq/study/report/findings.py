@@ -10,7 +10,7 @@ import pandas as pd
 
 from .criteria import SETTING, arranged
 from .evaluation import REGIME_WORDS, SOLVER_WORDS, Evaluation, where
-from .stability import differences, median_interval, scales
+from .stability import median_interval, scales
 
 SUPPORT, CONTRADICT, EQUAL, UNDECIDED = "supported", "contradicted", "no difference", "undecided"
 VERDICTS = (SUPPORT, CONTRADICT, EQUAL, UNDECIDED)
@@ -73,9 +73,9 @@ def compare(
         The other keys, ``pairs``, ``width``, ``low``, ``high`` (octaves), ``verdict``, ``words``.
     """
     keys = [k for k in (*SETTING, "weight") if k != axis]
-    ranges = evaluation.ranges(criterion, convention)
+    found = evaluation.differences(axis, first, second, criterion, convention)
     criteria, rows = evaluation.criteria, []
-    for key, group in differences(ranges, axis, first, second).groupby(keys, sort=False):
+    for key, group in found.groupby(keys, sort=False):
         width, low, high = median_interval(group["width"], criteria)
         unseen = float(group["unseen"].mean())
         empty = bool((group["empty_a"] & group["empty_b"]).mean() > 0.5)
@@ -107,27 +107,6 @@ def families(
             )
 
 
-def tally(
-    evaluation: Evaluation, convention: str = "spectral_radius", regime: str = ""
-) -> Iterator[Finding]:
-    """How often a family has a broader range than dense weights, over the settings of a regime."""
-    place = f" ({REGIME_WORDS[regime]})" if regime else ""
-    for family in ("orthogonal", "symmetric"):
-        found = compare(evaluation, "weight", "dense", family, convention)
-        found = where(found, regime=regime) if regime else found
-        if len(found) < 2:
-            continue
-        counts = found["verdict"].value_counts()
-        shares = [f"{v} in {counts[v]}" for v in VERDICTS if v in counts]
-        text = (
-            f"“{family.capitalize()} weights train stably over a broader range of scales than "
-            f"dense ones{_MEASURE[convention]}”{place}: {listed(shares)} of {len(found)} settings; "
-            f"the range is wider by {octaves_of(float(found['width'].median()))} in the median "
-            "over settings."
-        )
-        yield Finding(text, _overall(counts, len(found)))
-
-
 def comparisons(evaluation: Evaluation, convention: str = "spectral_radius") -> Grid:
     """Every comparison with dense weights, a row each."""
     table = evaluation.table(convention=convention)
@@ -143,15 +122,6 @@ def comparisons(evaluation: Evaluation, convention: str = "spectral_radius") -> 
     title = f"All comparisons with dense weights{_MEASURE[convention]}"
     columns = ["weight", *SETTING, "up to", "dense up to", "wider by (octaves)", "“broader” is"]
     return Grid(title, columns, rows)
-
-
-def _overall(counts: pd.Series, settings: int) -> str:
-    """A verdict for all settings: that of more than half of them, unless some say the opposite."""
-    top = str(counts.idxmax())
-    opposite = {SUPPORT: CONTRADICT, CONTRADICT: SUPPORT}.get(top)
-    if 2 * counts.max() <= settings or (opposite in counts):
-        return "mixed"
-    return top
 
 
 def _setting(row: object) -> str:

@@ -85,7 +85,7 @@ def learning(evaluation: Evaluation) -> Iterator[Finding]:
 
 
 def accuracies(evaluation: Evaluation) -> Iterator[Finding]:
-    """Median accuracies of the families: the best, and that at the largest scale of all."""
+    """Median accuracies of the families over common scales: the best, and at the largest."""
     for shown in evaluation.tasks():
         runs = evaluation.select(**shown)
         for activation in evaluation.values("activation", runs):
@@ -97,13 +97,13 @@ def accuracies(evaluation: Evaluation) -> Iterator[Finding]:
                 continue
             last = common.index.max()
             families = evaluation.values("weight", here)
-            best = [f"{f} {table[f].max():.1%}" for f in families]
+            best = [f"{f} {common[f].max():.1%}" for f in families]
             end = [f"{f} {common[f][last]:.1%}" for f in families]
             solver = SOLVER_WORDS.get(shown["solver"], shown["solver"])
             yield Finding(
                 f"{shown['task'].capitalize()}, {activation}, {solver}: best median test accuracy "
-                f"{listed(best)}; at scale {number(last)} {listed(end)} (the better regime of "
-                "each family)."
+                f"{listed(best)} over the scales that all were run at; at scale {number(last)} "
+                f"{listed(end)} (the better regime of each family)."
             )
 
 

@@ -3,6 +3,9 @@
 A range lives on the grid of the scales that were run: its edges are the first and the last stable
 scale of an unbroken row. Where a seed has no stable scale at all, both edges are set so that the
 width is minus one grid step, which puts it below every range that exists.
+
+Two ranges are compared on the scales that were run for both: on a finer or longer grid a range can
+end further out, and a gap be seen that the other grid cannot show.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import itertools
 import numpy as np
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from .criteria import CONVENTIONS, SETTING, Criteria, arranged, judge
 
 _RESAMPLES = 2000
+_KEYS = [*SETTING, "weight", "seed"]
 
 
 def seed_ranges(
@@ -30,25 +35,31 @@ def seed_ranges(
 
     Returns:
         One row per setting, weight and seed: ``lower`` and ``upper`` (log2 of the scale),
-        ``at_bottom`` and ``at_top`` (the edge is the end of the grid), ``bottom`` and ``top`` (of
-        the grid, log2), ``step`` (of the grid, octaves), ``empty`` (no stable scale), ``width``
-        (octaves).
+        ``at_bottom`` and ``at_top`` (the edge is the end of the grid), ``top`` (of the grid, log2),
+        ``step`` (of the grid, octaves), ``empty`` (no stable scale), ``width`` (octaves).
     """
-    keys = [*SETTING, "weight", "seed"]
-    grid = [*keys, CONVENTIONS[convention]]
-    points = judged.groupby(grid, sort=True).agg(
-        good=(criterion, "all"), accuracy=("test_accuracy", "min")
-    )
-    points = points.reset_index()
-    starts = np.flatnonzero(~points.duplicated(keys))
-    logs = np.log2(points[CONVENTIONS[convention]].to_numpy(float))
-    good, accuracy = points["good"].to_numpy(bool), points["accuracy"].to_numpy(float)
-    columns = ["lower", "upper", "at_bottom", "at_top", "bottom", "top", "step", "empty"]
+    return _ranges(_points(judged, criterion, convention))
+
+
+def _points(judged: pd.DataFrame, criterion: str, convention: str) -> pd.DataFrame:
+    """A row per setting, weight, seed and ``log`` of the scale: ``good`` and ``accuracy``."""
+    runs = judged.assign(log=np.log2(judged[CONVENTIONS[convention]].astype(float)).round(6))
+    grouped = runs.groupby([*_KEYS, "log"], sort=True)
+    return grouped.agg(good=(criterion, "all"), accuracy=("test_accuracy", "min")).reset_index()
+
+
+def _ranges(points: pd.DataFrame) -> pd.DataFrame:
+    """The ranges of points that are sorted by ``_KEYS`` and ``log``."""
+    points = points.reset_index(drop=True)
+    starts = np.flatnonzero(~points.duplicated(_KEYS))
+    logs, good = points["log"].to_numpy(float), points["good"].to_numpy(bool)
+    accuracy = points["accuracy"].to_numpy(float)
+    columns = ["lower", "upper", "at_bottom", "at_top", "top", "step", "empty"]
     found = [
         _range(logs[i:j], good[i:j], accuracy[i:j])
         for i, j in itertools.pairwise([*starts, len(points)])
     ]
-    ranges = points.loc[starts, keys].reset_index(drop=True)
+    ranges = points.loc[starts, _KEYS].reset_index(drop=True)
     ranges = ranges.join(pd.DataFrame(found, columns=columns))
     ranges["width"] = ranges["upper"] - ranges["lower"]
     return ranges
@@ -56,7 +67,7 @@ def seed_ranges(
 
 def _range(grid: np.ndarray, good: np.ndarray, accuracy: np.ndarray) -> dict[str, object]:
     step = float(np.median(np.diff(grid))) if len(grid) > 1 else 1.0
-    about = {"bottom": grid[0], "top": grid[-1], "step": step, "empty": not good.any()}
+    about = {"top": grid[-1], "step": step, "empty": not good.any()}
     if not good.any():
         nothing = {"lower": grid[0], "upper": grid[0] - step}
         return about | nothing | {"at_bottom": False, "at_top": False}
@@ -100,22 +111,26 @@ def stable_ranges(ranges: pd.DataFrame, criteria: Criteria | None = None) -> pd.
         criteria: the confidence of the intervals; None: the defaults.
 
     Returns:
-        ``seeds``, ``empty`` (seeds without a stable scale), and the scales themselves: ``lower``,
-        ``upper`` with ``upper_low`` and ``upper_high``; ``width`` in octaves with ``width_low`` and
-        ``width_high``; ``at_bottom``, ``at_top``: the median is the end of the grid; ``step``.
+        ``seeds``, ``empty`` (seeds without a stable scale), ``none`` (half of the seeds or more),
+        and the scales themselves: ``lower`` (over the seeds that have one), ``upper`` with
+        ``upper_low`` and ``upper_high``; ``width`` in octaves with ``width_low`` and
+        ``width_high``; ``at_bottom``, ``at_top``: the median is the end of the grid; ``top``,
+        ``step`` (of the grid).
     """
     rows = []
     for key, group in ranges.groupby([*SETTING, "weight"], sort=False):
         upper = median_interval(group["upper"], criteria)
         width = median_interval(group["width"], criteria)
-        empty = bool(group["empty"].mean() > 0.5)
+        # At half of the seeds a median would lie between an edge and none.
+        none = bool(group["empty"].mean() >= 0.5)
+        there = group if none else group[~group["empty"].astype(bool)]
         rows.append(
             dict(zip([*SETTING, "weight"], key, strict=True))
-            | {"seeds": len(group), "empty": int(group["empty"].sum()), "none": empty}
-            | {"lower": 2 ** float(group["lower"].median())}
+            | {"seeds": len(group), "empty": int(group["empty"].sum()), "none": none}
+            | {"lower": 2 ** float(there["lower"].median())}
             | {n: 2**v for n, v in zip(("upper", "upper_low", "upper_high"), upper, strict=True)}
             | dict(zip(("width", "width_low", "width_high"), width, strict=True))
-            | {"at_bottom": bool(group["at_bottom"].mean() > 0.5)}
+            | {"at_bottom": bool(there["at_bottom"].mean() > 0.5)}
             | {"at_top": bool(group["at_top"].mean() > 0.5)}
             | {"top": 2 ** float(group["top"].min()), "step": float(group["step"].median())}
         )
@@ -125,39 +140,42 @@ def stable_ranges(ranges: pd.DataFrame, criteria: Criteria | None = None) -> pd.
     return arranged(table, [*SETTING, "weight"])
 
 
-def differences(ranges: pd.DataFrame, axis: str, first: str, second: str) -> pd.DataFrame:
+def differences(
+    judged: pd.DataFrame,
+    axis: str,
+    first: str,
+    second: str,
+    criterion: str = "stable",
+    convention: str = "spectral_radius",
+) -> pd.DataFrame:
     """Seed by seed, how much wider the range of ``second`` is than that of ``first``, in octaves.
 
-    Both ranges are cut to the scales that both grids cover, so that a range which ends where its
-    grid ends is not called narrower than one on a longer grid. A difference between a range that
-    reaches the common end and one that does not is a lower bound of its size, never of other sign.
+    Both ranges are found on the scales that both were run at; a pair without any is left out. Where
+    one range reaches the largest of them and the other does not, the difference is a lower bound of
+    its size.
 
     Args:
-        ranges: of :func:`seed_ranges`.
+        judged: the runs as :func:`fastdeq.study.report.criteria.judge` returns them.
         axis: the column in which the two differ: "weight", or one of the setting.
         first, second: its two values.
+        criterion, convention: as for :func:`seed_ranges`.
 
     Returns:
         One row per pair: the other keys, ``seed``, ``width`` and ``upper`` (second minus first),
         ``empty_a`` and ``empty_b`` (first, second without a stable scale), ``unseen`` (the
-        difference cannot be seen: both reach the common upper end, or both are empty).
+        difference cannot be seen: both reach the largest scale, or both are empty).
     """
-    keys = [k for k in (*SETTING, "weight", "seed") if k != axis]
+    points = _points(judged[judged[axis].isin((first, second))], criterion, convention)
+    keys = [k for k in _KEYS if k != axis]
+    common = points.groupby([*keys, "log"])[axis].transform("nunique") == 2
+    ranges = _ranges(points[common])
     a, b = (ranges[ranges[axis] == value].drop(columns=axis) for value in (first, second))
     pairs = a.merge(b, on=keys, suffixes=("_a", "_b"))
-    top = np.minimum(pairs["top_a"], pairs["top_b"])
-    bottom = np.maximum(pairs["bottom_a"], pairs["bottom_b"])
-    cut = {}
-    for side in "ab":
-        cut["upper", side] = np.minimum(pairs[f"upper_{side}"], top)
-        lower = np.maximum(pairs[f"lower_{side}"], bottom)
-        least = -pairs[f"step_{side}"]
-        cut["width", side] = np.maximum(cut["upper", side] - lower, least)
     result = pairs[[*keys, "empty_a", "empty_b"]].copy()
     for name in ("width", "upper"):
         # Equal edges differ by rounding errors, which must not decide.
-        result[name] = (cut[name, "b"] - cut[name, "a"]).round(6) + 0.0
-    both_end = (cut["upper", "a"] >= top - 1e-9) & (cut["upper", "b"] >= top - 1e-9)
+        result[name] = (pairs[f"{name}_b"] - pairs[f"{name}_a"]).round(6) + 0.0
+    both_end = pairs["at_top_a"].astype(bool) & pairs["at_top_b"].astype(bool)
     result["unseen"] = both_end | (pairs["empty_a"] & pairs["empty_b"])
     return result
 
@@ -176,7 +194,9 @@ def summary(training: pd.DataFrame, criteria: Criteria | None = None) -> Table:
         head = f"{task} {activation}\n{regime}, {solver},\n{gradient}"
         for i, row in enumerate(group.itertuples()):
             line = head.split("\n")[i] if i < 3 else ""
-            shown.add_row(line, row.weight, scales(row), octaves(row), str(row.seeds))
+            # Text: "[none, 1]" would be read as markup.
+            cells = [Text(scales(row)), Text(octaves(row))]
+            shown.add_row(line, row.weight, *cells, str(row.seeds))
         for line in head.split("\n")[len(group) :]:
             shown.add_row(line)
         shown.add_section()

@@ -23,6 +23,7 @@ from ..style import (
 )
 
 _METRICS = {"test_accuracy": "test accuracy", "test_loss": "final test loss"}
+_LARGEST_LOSS = 100.0  # nats, 40 times that of a guess
 _NAMES = {"test_accuracy": "accuracy", "test_loss": "loss"}
 
 
@@ -61,11 +62,16 @@ def _picture(
             _panel(axes, part, metric, convention, evaluation)
             scale_axis(axes, runs[CONVENTIONS[convention]], convention)
         grid[i, 0].set_ylabel(words + (" (nats)" if metric == "test_loss" else ""))
+    exploded = False
     if metric == "test_accuracy":
         grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         grid[0, 0].set_ylim(top=min(1.02, runs[metric].max() + 0.03))
     else:
         grid[0, 0].set_yscale("log")
+        # Runs that explode would press all others into a line.
+        exploded = bool((runs[metric] > _LARGEST_LOSS).any())
+        if exploded:
+            grid[0, 0].set_ylim(0.7 * runs[metric].min(), _LARGEST_LOSS)
     figure.supxlabel(SCALE_LABEL[convention], fontsize="medium")
     family_legend(figure, evaluation.values("weight", runs))
     words_of_regimes = "; ".join(f"{r}: {REGIME_WORDS.get(r, r)}" for r in regimes)
@@ -75,7 +81,9 @@ def _picture(
         f"{words.capitalize()} with {SOLVER_WORDS.get(shown['solver'], shown['solver'])} and the "
         f"{shown['gradient']} gradient ({words_of_regimes}). "
         f"{band_words(runs['seed'].nunique())}. Dense weights have no structure to keep: the same "
-        "runs stand in both regimes.",
+        "runs stand in both regimes."
+        + f" Losses above {_LARGEST_LOSS:g} nats lie beyond the top."
+        * exploded,
         figure,
     )
 

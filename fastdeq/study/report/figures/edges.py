@@ -36,11 +36,12 @@ def hero(evaluation: Evaluation) -> Iterator[Picture | Missing]:
     yield Picture(
         "ranges",
         "Scales at which training is stable (learns and solves). Light bars: median range; "
-        "markers: its upper edge with the 95 % interval over seeds. A bar that starts at the left "
-        "or ends in an arrow reaches the end of the grid. Shaded: spectral radius above 1. "
-        "picard: plain iteration; anderson: Anderson acceleration; auto: fastdeq's own choice, "
-        "which uses the structure where it is kept. initialised: W has the structure only at the "
-        "start; kept: it keeps it in training (dense weights have none to keep).",
+        "markers: its upper edge with the 95 % interval over seeds, which begins at the left where "
+        "some seeds have no stable scale. A bar that starts at the left or ends in an arrow "
+        "reaches the end of the grid; scales far above all edges are not shown. Shaded: spectral "
+        "radius above 1. picard: plain iteration; anderson: Anderson acceleration; auto: fastdeq's "
+        "own choice, which uses the structure where it is kept. initialised: W has the structure "
+        "only at the start; kept: it keeps it in training (dense weights have none to keep).",
         figure,
     )
 
@@ -104,9 +105,11 @@ def draw(
             "activation", table[table["task"] == task]
         )
     ]  # fmt: skip
-    keys = _rows(evaluation, table, rows)
+    keys = evaluation.combinations(table, rows)
     families = evaluation.values("weight", table)
     scales = evaluation.judged[CONVENTIONS[convention]]
+    # Without the scales far above all edges, where nothing is drawn.
+    scales = scales[scales <= 4.01 * max(float(table["upper_high"].max()), float(scales.min()))]
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     figure = new_figure(title, 1.3 + lines * (0.7 + _ROW * len(keys)))
@@ -118,8 +121,8 @@ def draw(
         axes.grid(axis="y", visible=False)
         for y, key in enumerate(keys):
             row = where(shown, **dict(zip(rows, key, strict=True)))
-            if y % 2 == 0:
-                axes.axhspan(y - 0.5, y + 0.5, color="0.5", alpha=0.05, linewidth=0, zorder=0)
+            if y:
+                axes.axhline(y - 0.5, color="0.8", linewidth=0.8, zorder=0)
             if row.empty:
                 axes.text(
                     0.5, y, "not run", transform=axes.get_yaxis_transform(), color="0.6",
@@ -138,12 +141,6 @@ def draw(
     extra = [none] if table["none"].any() else []
     family_legend(figure, families, extra)
     return figure
-
-
-def _rows(evaluation: Evaluation, table: pd.DataFrame, columns: tuple[str, ...]) -> list[Any]:
-    present = set(table[list(columns)].itertuples(index=False, name=None))
-    places = [evaluation.values(c, table) for c in columns]
-    return sorted(present, key=lambda k: [p.index(v) for p, v in zip(places, k, strict=True)])
 
 
 def _range_bar(axes: Any, row: Any, y: float, smallest: float) -> None:

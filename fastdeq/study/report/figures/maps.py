@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import colormaps
 from matplotlib.ticker import PercentFormatter
 
@@ -33,7 +32,7 @@ def _map(evaluation: Evaluation, task: str, gradient: str) -> Picture:
     runs = evaluation.select(task=task, gradient=gradient)
     # Dense runs that count in both regimes are one row here.
     runs = runs[(runs["weight"] != "dense") | (runs["regime"] != "kept")]
-    rows = _rows(evaluation, runs)
+    rows = evaluation.combinations(runs, ("weight", "solver", "regime"))
     scales = sorted(runs["scale"].unique())
     activations = evaluation.values("activation", runs)
     columns = min(len(activations), _PANELS)
@@ -75,13 +74,7 @@ def _map(evaluation: Evaluation, task: str, gradient: str) -> Picture:
     )
 
 
-def _rows(evaluation: Evaluation, runs: pd.DataFrame) -> list[tuple[str, str, str]]:
-    present = set(runs[["weight", "solver", "regime"]].itertuples(index=False, name=None))
-    order = [evaluation.values(c, runs) for c in ("weight", "solver", "regime")]
-    return sorted(present, key=lambda k: [o.index(v) for o, v in zip(order, k, strict=True)])
-
-
-def _labels(rows: list[tuple[str, str, str]]) -> list[str]:
+def _labels(rows: list[tuple[str, ...]]) -> list[str]:
     """Dense weights are one regime alone, which needs no name."""
     return [
         f"{weight}, {solver}" + (f", {regime}" if weight in FAMILIES[1:] else "")
@@ -92,9 +85,11 @@ def _labels(rows: list[tuple[str, str, str]]) -> list[str]:
 def _axis(axes: Any, scales: list[float]) -> None:
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    step = 1 if len(scales) <= 7 else 2
-    places = np.arange(len(scales))[::step]
-    axes.set_xticks(places + 0.5, [number(scales[i]) for i in places], fontsize="small")
+    upright = len(scales) > 7  # side by side the labels would touch
+    axes.set_xticks(
+        np.arange(len(scales)) + 0.5, [number(s) for s in scales],
+        fontsize="x-small" if upright else "small", rotation=90 if upright else 0,
+    )  # fmt: skip
     # Between the last scale that is at most 1 and the next.
     below = int(np.sum(np.asarray(scales) <= 1 + 1e-9))
     if 0 < below < len(scales):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..criteria import ACTIVATIONS, FAMILIES, ordered
 from ..draws import FEWEST, QUANTITIES, statistics, values
@@ -70,10 +70,8 @@ def _distributions(initial: pd.DataFrame, activations: list[str], families: list
         axes.set_xticks(range(len(scales)), [number(s) for s in scales])
         axes.grid(axis="x", visible=False)
         axes.set_title(activation)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda log, _: plain(float(f"{10.0**log:.1e}")))
-        )
+        ticks = _round_values(*axes.get_ylim())
+        axes.set_yticks(np.log10(ticks), [plain(t) for t in ticks])
     for axes in grid[:, 0]:
         axes.set_ylabel("|z*|² / |c|²")
     figure.supxlabel("weight scale (spectral radius of W)", fontsize="medium")
@@ -86,6 +84,18 @@ def _distributions(initial: pd.DataFrame, activations: list[str], families: list
         "comes from higher moments of W.",
         figure,
     )
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Values with one digit between powers of ten: few where there are many to choose from."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    choices: list[tuple[float, ...]] = [(1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)]
+    for digits in choices:
+        values = [d * 10.0**k for k in decades for d in digits]
+        values = [v for v in values if low <= math.log10(v) <= high]
+        if len(values) >= 3:
+            break
+    return values
 
 
 def _violin(axes: Any, place: float, logs: np.ndarray, color: str) -> None:

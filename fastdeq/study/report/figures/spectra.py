@@ -76,6 +76,7 @@ def _picture(evaluation: Evaluation, runs: pd.DataFrame, scale: float, regime: s
                 axes.text(
                     0.5, 0.02, f"{outside} after training lie outside", ha="center",
                     transform=axes.transAxes, fontsize="small", color=family_style(families[j])[0],
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
                 )  # fmt: skip
             axes.set_xlim(-reach, reach)
             axes.set_ylim(-reach, reach)
