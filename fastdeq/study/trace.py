@@ -61,7 +61,7 @@ class Trace:
         row = (
             loss.detach(),
             forward.iterations.float().mean(),
-            forward.residual.float().max(),
+            forward.residual.float().median(),
             forward.converged.float().mean(),
             missing if adjoint is None else adjoint.iterations.float().mean(),
             gradient.detach(),
