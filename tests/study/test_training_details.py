@@ -81,7 +81,7 @@ def test_evaluation_weighs_samples_equally_in_a_last_part_that_is_short():
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
 
 
-def test_the_loss_is_that_of_the_last_epoch_and_drift_the_largest_of_any(dataset):
+def test_the_loss_is_that_of_the_last_epoch(dataset):
     short, long = (
         study.train(dataset, study.Config("dense", 0.5, features=8, epochs=n)) for n in (1, 6)
     )
@@ -123,3 +123,10 @@ def test_a_trace_holds_medians_of_residuals_and_means_of_stretches():
     assert found["forward_residual"] == pytest.approx([0.2] * BINS)
     assert found["forward_iterations"] == [5.0] * BINS
     assert all(math.isnan(v) for v in found["backward_iterations"])
+
+
+def test_the_drift_is_the_largest_of_any_epoch(dataset, monkeypatch):
+    drifts = iter([0.1, 0.7, 0.2])
+    monkeypatch.setattr("fastdeq.study.training._drift", lambda *_: next(drifts))
+    config = study.Config("symmetric", 0.5, features=8, epochs=3)
+    assert study.train(dataset, config).structure_drift == 0.7

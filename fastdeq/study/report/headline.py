@@ -81,8 +81,8 @@ def _sentence(family: str, convention: str, table: pd.DataFrame) -> Finding:
     change = octaves_of(float(table["width"].median()), plus=True)
     many = f"{len(table)} setting" + ("s" if len(table) > 1 else "")
     return Finding(
-        f"{family.capitalize()} weights against dense ones at equal {_EQUAL_WORDS[convention]}: the "
-        f"stable range is broader in {counts[SUPPORT]}, narrower in {counts[CONTRADICT]}, not "
+        f"{family.capitalize()} weights against dense ones at equal {_EQUAL_WORDS[convention]}: "
+        f"the stable range is broader in {counts[SUPPORT]}, narrower in {counts[CONTRADICT]}, not "
         f"different in {counts[EQUAL]} and undecided in {counts[UNDECIDED]} of {many}. The median "
         f"change is {change}.",
         overall(counts),

@@ -26,6 +26,7 @@ from ..style import (
 )
 
 _VIOLINS = 5  # scales in a panel
+_BESIDE = 1.03  # from one family's markers to the next, so that none hides another's bars
 
 
 def moments(initial: pd.DataFrame) -> Iterator[Picture | Missing]:
@@ -165,9 +166,10 @@ def _means(initial: pd.DataFrame, activation: str, families: list[str]) -> Pictu
             rows = table[table["weight"] == family]
             color, marker = family_style(family)
             bars = np.abs(np.array([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]))
+            beside = _BESIDE ** (families.index(family) - (len(families) - 1) / 2)
             axes.errorbar(
-                rows["scale"], rows["mean"], bars, color=color, marker=marker, linestyle="",
-                elinewidth=1, alpha=0.9,
+                rows["scale"] * beside, rows["mean"], bars, color=color, marker=marker,
+                linestyle="", elinewidth=1, alpha=0.9,
             )  # fmt: skip
             drawn |= _curve(axes, quantity, family, activation, initial, 3 * table["high"].max())
         axes.set_title(QUANTITIES[quantity])
@@ -182,7 +184,8 @@ def _means(initial: pd.DataFrame, activation: str, families: list[str]) -> Pictu
     return Picture(
         f"means_{activation}",
         f"Measured means over draws of W with {activation} (d = {int(initial['features'].max())}; "
-        f"bars: 5 % to 95 % of the draws). {about}m_p is the mean of the p-th power of the squared "
+        "bars: 5 % to 95 % of the draws; families stand side by side, at the same scales). "
+        f"{about}m_p is the mean of the p-th power of the squared "
         "singular values of (I − J)⁻¹, which also stretch the gradient.",  # noqa: RUF001
         figure,
     )
