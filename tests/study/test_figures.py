@@ -16,7 +16,7 @@ from fastdeq.study.report import predictions
 from fastdeq.study.report.draws import QUANTITIES
 from fastdeq.study.report.evaluation import Evaluation
 from fastdeq.study.report.figures import curves, edges, maps, moments, spectra, traces
-from fastdeq.study.report.style import FAMILY_STYLE, Missing, Picture, _ticks
+from fastdeq.study.report.style import FAMILY_STYLE, Missing, Picture, _ticks, band, new_figure
 
 NOTHING = pd.DataFrame()
 
@@ -177,3 +177,11 @@ def test_another_theory_can_be_plugged_in(monkeypatch):
     assert predictions.predict("length", "dense", 0.5, "tanh", 2.0) == 14
     drawn = {p.name: p for p in moments.moments(study_tables.initial())}
     assert "the limit of large d" in drawn["means_tanh"].caption
+
+
+def test_a_band_of_losses_some_of_which_are_infinite_warns_of_nothing(recwarn):
+    axes = new_figure("", 3.0).subplots()
+    rows = [[1.0, np.inf], [2.0, np.inf], [3.0, 1.0], [4.0, np.inf], [np.inf, 2.0]]
+    band(axes, [0.5, 1.0], rows, "dense")
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    assert axes.lines[0].get_ydata()[0] == 3.0

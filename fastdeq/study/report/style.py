@@ -21,6 +21,7 @@ FAMILY_STYLE = {
 _OTHER = ("#666666", "D")
 WIDTH = 8.6  # inches
 DPI = 110
+_FARTHEST = 1e30
 
 SETTINGS = {
     "font.size": 10.0,
@@ -152,6 +153,7 @@ def band(axes: Any, x: Any, rows: Any, family: str, **style: Any) -> None:
         return
     x, rows = np.asarray(x, float)[known], rows[:, known]
     ends = (25, 75) if len(rows) >= 5 else (0, 100)
+    rows = np.clip(rows, -_FARTHEST, _FARTHEST)  # between an infinite loss and another is no number
     low, middle, high = np.nanpercentile(rows, (ends[0], 50, ends[1]), axis=0)
     color, marker = family_style(family)
     style = {"marker": marker} | style
