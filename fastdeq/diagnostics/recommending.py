@@ -129,6 +129,7 @@ def recommend(
         layer = target
     else:
         check_cell(target, False)
+        _refuse_models(target)
         layer = DEQLayer(target)
     if tol is not None:
         wanted = layer
@@ -147,6 +148,17 @@ def recommend(
         generator=generator,
     )
     return Recommendations(found, names)
+
+
+def _refuse_models(target: Any) -> None:
+    """A model around a layer is neither a layer nor a cell."""
+    modules = target.named_modules() if isinstance(target, nn.Module) else ()
+    layers = [name for name, module in modules if isinstance(module, DEQLayer)]
+    if layers:
+        raise TypeError(
+            f"{type(target).__name__} is a model with DEQ layers, {', '.join(layers)}: pass one of "
+            "them, as model.get_submodule(name), with the input that it gets in the model."
+        )
 
 
 def _without_compiler(module: Any) -> Any:

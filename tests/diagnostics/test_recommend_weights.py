@@ -89,3 +89,9 @@ def test_the_rate_names_its_weights():
     assert "rule of thumb for first.weight, second.weight: a step" in found[0].why
     found = fastdeq.recommend(AffineCell(3, 4), torch.randn(9, 3))
     assert "for weight.weight: a step" in found[-1].why
+
+
+def test_a_whole_model_is_told_to_pass_its_layer():
+    model = nn.Sequential(DEQLayer(AffineCell(4, 8)), nn.Linear(8, 3))
+    with pytest.raises(TypeError, match=r"Sequential is a model with DEQ layers, 0: pass one"):
+        fastdeq.recommend(model, torch.randn(2, 4))
