@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/python examples/digits.py
 
 # The initialisation study, in the folder study/: an interrupted one continues. OPTIONS=--quick takes
-# three minutes, the whole about an hour on two cores.
+# two minutes, the whole about 40 on two cores.
 study: setup
 	$(BIN)/python -m fastdeq study $(OPTIONS)
 
