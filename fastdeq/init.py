@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .conventions import Convention, check_convention, radius_of
 from .errors import check_choice
 from .weights import WEIGHTS, OrthogonalMap, SymmetricMap, WeightName
 from .weights.dense import Structured
@@ -35,9 +36,6 @@ from .weights.draw import drawn
 from .weights.orthogonal import Orthogonal
 from .weights.square import Names, Square, check_writable, find_squares, why_not_square, write
 
-#: What ``scale`` is: the spectral radius, or ``sqrt(d)`` times the deviation of an entry.
-Convention = Literal["spectral_radius", "variance"]
-CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 _Target = TypeVar("_Target", bound=nn.Module | Tensor)
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -159,9 +157,9 @@ def initialize_(
     range of scales.
     """
     check_choice(family, WEIGHTS, "family")
-    check_choice(convention, CONVENTIONS, "convention")
+    check_convention(convention)
     _check_scale(scale)
-    radius = float(scale) * (2 if (family, convention) == ("symmetric", "variance") else 1)
+    radius = radius_of(family, float(scale), convention)
     squares = _squares(target, names, blocks)
     for square in squares:
         check_writable(square)

@@ -140,8 +140,9 @@ def _weight(d: Diagnosis, s: Subject, scale: list[Recommendation]) -> Iterator[R
         )
     if scale:
         why += (
-            ", and the scale above; kept orthogonal (fastdeq.init.keep_) they widened the stable "
-            "range of relu cells in docs/study.md, and no range by their start alone"
+            ", and the scale above; in docs/study.md keeping them orthogonal (fastdeq.init.keep_) "
+            "widened the stable range of relu cells at one of two learning rates; their start "
+            "alone widened none"
         )
     yield Recommendation("weight", value, why)
 

@@ -146,6 +146,12 @@ class _Measured:
         layer.options = options
         return layer
 
+    def _bare(self, **others: Any) -> Options:
+        """What the layer's options say of the map and of when a sample is done, and ``others``."""
+        kept = ("batch_dim", "has_aux", "randomness", "tol", "atol")
+        same = {name: getattr(self.options, name) for name in kept}
+        return Options(**same, on_failure="ignore", **others)
+
     def _probed(self, count: int) -> Subset:
         f = CellMap(self.cell, (_detached(self.x), *self.context), self.keywords)
         f.has_aux = self.options.has_aux
@@ -172,18 +178,8 @@ class _Measured:
 
     def _contraction(self) -> Tensor:
         """Of plain steps, as a general map makes them."""
-        o = self.options
-        plain = Options(
-            solver="picard",
-            batch_dim=o.batch_dim,
-            has_aux=o.has_aux,
-            randomness=o.randomness,
-            tol=o.tol,
-            atol=o.atol,
-            max_iter=min(o.max_iter, _PLAIN_STEPS),
-            on_failure="ignore",
-        )
-        layer = self._layer(_General(self.cell), plain)
+        most = min(self.options.max_iter, _PLAIN_STEPS)
+        layer = self._layer(_General(self.cell), self._bare(solver="picard", max_iter=most))
         with torch.no_grad():
             layer(_detached(self.x), *self.context, z0=self.z0, **self.keywords)
         solution = layer.last_solution
@@ -215,23 +211,14 @@ class _Measured:
 
     def _trial(self, chosen: Subset, squares: list[Square]) -> Trial:
         x, *context = chosen.f.arguments
-        o = self.options
-        tried = Options(
-            batch_dim=o.batch_dim,
-            has_aux=o.has_aux,
-            randomness=o.randomness,
-            tol=o.tol,
-            atol=o.atol,
-            max_iter=o.max_iter,
-            on_failure="ignore",
-        )
+        tried = self._bare(max_iter=self.options.max_iter)
 
         def trial(factor: float) -> tuple[float, float]:
             layer = self._layer(Scaled(self.cell, squares, factor), tried)
             start = tree_map(torch.zeros_like, chosen.z)
             with torch.no_grad():
                 z = layer(x, *context, z0=start, **chosen.f.keywords)
-            z = z[0] if o.has_aux else z
+            z = z[0] if tried.has_aux else z
             assert layer.last_solution is not None
             share = float(layer.last_solution.converged.double().mean())
             radius = spectral_radius(

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..activations import ACTIVATIONS
+from ..conventions import in_convention
 from ..errors import check_choice
 from ..gradients import Phantom
 from ..options import Options
@@ -16,8 +17,10 @@ from ..weights import WEIGHTS
 
 TaskName = Literal["digits", "mnist", "characters"]
 OptimizerName = Literal["sgd", "adam"]
-TASKS = ("digits", "mnist", "characters")
-OPTIMIZERS = ("sgd", "adam")
+Regime = Literal["initialised", "kept"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+REGIMES: tuple[Regime, ...] = get_args(Regime)
 #: Gradients of the study: exact at the equilibrium, or of five damped steps from it.
 GRADIENTS: dict[str, Any] = {"implicit": "implicit", "phantom": Phantom(steps=5, damping=0.5)}
 #: Solvers of the study, of both directions: plain iteration, Anderson acceleration, and what
@@ -99,7 +102,7 @@ class Config:
         return self.epochs * math.ceil(samples / self.batch_size)
 
     @property
-    def regime(self) -> str:
+    def regime(self) -> Regime:
         """Whether W is only "initialised" in its family, or "kept" there by parametrisation."""
         return "kept" if self.parametrized and self.weight != "dense" else "initialised"
 
@@ -107,7 +110,7 @@ class Config:
     def entry_scale(self) -> float:
         """``sqrt(d)`` times the standard deviation of an entry of W: half the radius of a symmetric
         W, and the radius of the others."""
-        return self.scale / 2 if self.weight == "symmetric" else self.scale
+        return in_convention(self.weight, self.scale, "variance")
 
     @property
     def key(self) -> str:

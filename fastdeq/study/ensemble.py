@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
+from ..conventions import in_convention
 from ..errors import check_choice
+from ..functional import fixed_point
 from ..weights import WEIGHTS
 from .config import as_floats, key_of
 
@@ -48,7 +50,7 @@ class Ensemble:
 
     @property
     def entry_scale(self) -> float:
-        return self.scale / 2 if self.weight == "symmetric" else self.scale
+        return in_convention(self.weight, self.scale, "variance")
 
     @property
     def key(self) -> str:
@@ -104,14 +106,14 @@ def _equilibrium(w: Tensor, c: Tensor, phi: Activation) -> tuple[Tensor, bool]:
     if phi.name == "identity":
         z = torch.linalg.solve(torch.eye(len(c), dtype=c.dtype) - w, c)
         return z, bool(z.isfinite().all())
-    z = torch.zeros_like(c)
-    for _ in range(_STEPS):
-        image = phi.function(w @ z + c)
-        far = float(torch.linalg.vector_norm(image - z))
-        size = float(torch.linalg.vector_norm(image))
-        z = image
-        if not math.isfinite(size):
-            break
-        if far <= _TOL * size:
-            return z, True
-    return z, False
+    z, solution = fixed_point(
+        lambda z: phi.function(w @ z + c),
+        torch.zeros_like(c),
+        batch_dim=None,
+        solver="picard",
+        tol=_TOL,
+        max_iter=_STEPS,
+        patience=_STEPS,
+        on_failure="ignore",
+    )
+    return z, bool(solution.converged)

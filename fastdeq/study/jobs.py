@@ -32,9 +32,9 @@ class Job:
     """A run, or statistics at initialisation, with where its data are: what a worker gets."""
 
     what: Config | Ensemble
-    mnist: str | None = None
-    context: int = 16
-    windows: int = 2048
+    mnist: str | None
+    context: int
+    windows: int
 
     @property
     def part(self) -> str:

@@ -6,26 +6,33 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from ..activations import ActivationName
+from ..conventions import CONVENTIONS, Convention, radius_of
 from ..errors import check_choice
 from ..weights import WEIGHTS, WeightName
-from .config import GRADIENTS, SOLVERS, TASKS, Config, OptimizerName, TaskName
+from .config import (
+    GRADIENTS,
+    REGIMES,
+    SOLVERS,
+    TASKS,
+    Config,
+    OptimizerName,
+    Regime,
+    TaskName,
+)
 from .ensemble import Ensemble
 from .text import check_windows
 from .transformer import check_width
 
-Convention = Literal["spectral_radius", "variance"]
-Regime = Literal["initialised", "kept"]
 _METHOD_NAMES = [f"{s}/{g}" for s, g in itertools.product(SOLVERS, GRADIENTS)]
 _CHOICES = {
     "tasks": TASKS,
     "weights": WEIGHTS,
-    "conventions": ("spectral_radius", "variance"),
-    "regimes": ("initialised", "kept"),
+    "conventions": CONVENTIONS,
+    "regimes": REGIMES,
 }
-
 
 #: Half octaves, of which twice a scale is one again: that is how the conventions differ. Closer
 #: around 1, where a linear cell ceases to have a stable equilibrium.
@@ -221,10 +228,7 @@ class Study:
             )
 
     def _radii(self, weight: str, scales: list[float]) -> list[float]:
-        radii = set(scales) if "spectral_radius" in self.conventions else set()
-        if "variance" in self.conventions:
-            radii |= {2 * s if weight == "symmetric" else s for s in scales}
-        return sorted(radii)
+        return sorted({radius_of(weight, s, c) for s in scales for c in self.conventions})
 
 
 def _parts(study: Study) -> list[tuple[str, Any]]:

@@ -153,8 +153,7 @@ def _run(model: Model, dataset: Dataset, config: Config, on_step: Callable[[], N
 
 
 def _optimizer(model: Model, config: Config) -> torch.optim.Optimizer:
-    """One rate for all, in terms of W itself: an orthogonal W that is kept so is the factor, times
-    its scale, of a parameter with entries like those of ``sqrt(d) Q``."""
+    """One rate for all, in terms of W itself, also where W is computed from its parameter."""
     recurrent = [w.weight for w in model.recurrent_weights()]
     own = {id(p) for p in recurrent}
     rest = [p for p in model.parameters() if id(p) not in own]

@@ -1,12 +1,4 @@
-"""The two ways to state the scale of a weight: its spectral radius, or the size of its entries.
-
-A family's spectral radius s and entry scale e (entries of variance ``e^2 / d``), in the limit of
-large d:
-
-    dense       s = e     circular law (Ginibre 1965; Girko 1985)
-    orthogonal  s = e     W = s Q, and the squares of the entries of Q sum to d
-    symmetric   s = 2 e   semicircle law (Wigner 1958)
-"""
+"""The scale of a weight in either convention, and checks of the numbers that predictions take."""
 
 from __future__ import annotations
 
@@ -15,11 +7,8 @@ import numbers
 
 import torch
 
+from ..conventions import RATIO
 from ..errors import check_choice
-
-CONVENTIONS = ("spectral_radius", "variance")
-#: Spectral radius over entry scale.
-RATIO = {"dense": 1.0, "orthogonal": 1.0, "symmetric": 2.0}
 
 
 def spectral_radius(weight: str, entry_scale: float) -> float:
@@ -46,15 +35,6 @@ def entry_scale(weight: str, spectral_radius: float) -> float:
         ValueError: unknown family; a spectral radius that is negative or not finite.
     """
     return check_size(spectral_radius, "spectral_radius") / RATIO[check_weight(weight)]
-
-
-def in_convention(weight: str, radius: float, convention: str) -> float:
-    """A spectral radius as the number that states it in ``convention``; infinity stays."""
-    return radius / RATIO[weight] if convention == "variance" else radius
-
-
-def check_convention(convention: str) -> None:
-    check_choice(convention, CONVENTIONS, "convention")
 
 
 def check_weight(weight: str) -> str:

@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .conventions import RATIO, check_linear, check_size, check_weight
+from ..conventions import RATIO
+from .conventions import check_linear, check_size, check_weight
 
 
 def overlap(weight: str, scale: float) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from ..activations import Activation
-from .conventions import check_convention, check_size, check_weight, in_convention
+from ..conventions import check_convention, in_convention
+from .conventions import check_size, check_weight
 from .mean_field import equilibrium, find_activation
 
 _LARGEST = 1e3

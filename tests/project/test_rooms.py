@@ -41,6 +41,7 @@ ROOMS = (
     "estimate",
     "theory",
     "activations",
+    "conventions",
     "cuda_stream",
     "errors",
     "constants",

@@ -147,9 +147,11 @@ def test_predictions_of_the_linear_model():
         (4 / 3) ** 4
     )
     assert predictions.predict("radius", "symmetric", 1.5, "identity", 1.0) == 1.5
+    assert predictions.predict("resolvent", "orthogonal", 0.5, "identity", 1.0) == 2
     for quantity, scale, activation in (
         ("length", 1.0, "identity"),
-        ("resolvent", 0.5, "identity"),
+        ("resolvent", 0.5, "tanh"),
+        ("resolvent", 1.0, "identity"),
         ("length", 0.5, "gelu"),
     ):
         assert predictions.predict(quantity, "dense", scale, activation, 1.0) is None

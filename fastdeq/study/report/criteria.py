@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-FAMILIES = ("dense", "orthogonal", "symmetric")
-REGIMES = ("initialised", "kept")
-SOLVERS = ("picard", "anderson", "auto")
+from ...conventions import RATIO
+from ...weights import WEIGHTS
+from ..config import GRADIENTS, REGIMES, SOLVERS, TASKS
+
+FAMILIES = tuple(WEIGHTS)
 ACTIVATIONS = ("identity", "tanh", "relu", "hardtanh", "gelu")
 CONVENTIONS = {"spectral_radius": "scale", "variance": "entry_scale"}
 
 # The order in which values of a column are shown; others follow.
 ORDER = {
-    "task": ("digits", "mnist", "characters"),
+    "task": TASKS,
     "activation": ACTIVATIONS,
-    "solver": SOLVERS,
-    "gradient": ("implicit", "phantom"),
+    "solver": tuple(SOLVERS),
+    "gradient": tuple(GRADIENTS),
     "regime": REGIMES,
     "weight": FAMILIES,
 }
@@ -90,8 +92,7 @@ def complete(training: pd.DataFrame) -> pd.DataFrame:
     for name in _COUNTS:
         runs[name] = runs[name].fillna(0).astype(int) if name in runs else 0
     if "entry_scale" not in runs:
-        half = np.where(runs["weight"] == "symmetric", 0.5, 1.0)
-        runs["entry_scale"] = runs["scale"].astype(float) * half
+        runs["entry_scale"] = runs["scale"].astype(float) / runs["weight"].map(RATIO).astype(float)
     return runs.reset_index(drop=True)
 
 

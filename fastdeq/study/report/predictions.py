@@ -18,6 +18,7 @@ _MOMENTS = {
     "adjoint": theory.variance,
     "moment_1": theory.variance,
     "moment_2": theory.fourth_moment,
+    "resolvent": theory.resolvent_norm,
 }
 
 
