@@ -86,6 +86,11 @@ def test_traces_and_spectra(whole):
     row = whole[1].query("task == 'digits' and weight == 'symmetric'").iloc[0]
     assert row["trace_step"][-1] == row["updates"]
     assert len(row["trace_step"]) == len(row["trace_loss"]) == 22
+    # One epoch, and a stretch for each step; sums of 22 numbers in float32.
+    assert row["train_loss"] == pytest.approx(sum(row["trace_loss"]) / 22, rel=1e-5)
+    assert row["test_loss"] != pytest.approx(row["train_loss"], rel=1e-3)
+    for name in ("weight", "jacobian"):
+        assert row[f"{name}_before"] != row[f"{name}_after"]
     for name in ("weight_before", "weight_after", "jacobian_before", "jacobian_after"):
         assert len(row[name]) == 2 * 8
     imaginary = torch.tensor(row["weight_after"])[1::2]

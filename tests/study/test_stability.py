@@ -97,6 +97,11 @@ def test_the_bar_is_lower_where_the_data_of_a_seed_are_harder():
     assert (judge(other).learns != fine).sum() == 2  # in both regimes
 
 
+def test_a_table_without_entry_scales_gets_them():
+    runs = study_tables.training()
+    assert (judge(runs.drop(columns="entry_scale")).entry_scale == judge(runs).entry_scale).all()
+
+
 # Ranges
 
 
